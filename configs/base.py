@@ -1,0 +1,84 @@
+"""Every knob once, with its unit and source; experiments start from here.
+
+Trains SiT-tiny on synthetic images: a check that everything runs, not an experiment.
+  python main.py --config=configs/base.py --workdir=/tmp/base --mode=train
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The base configuration: a plain SiT; no mechanism is switched on."""
+  return ConfigDict(
+    {
+      # Of parameters, data order, budgets, times, noise and dropped labels.
+      "seed": 0,
+      "model": {
+        "preset": "SiT-tiny/2",  # FAMILY-SIZE/PATCH, see elit_jax/models/presets.py
+        "classes": 10,  # besides the null label
+        "qk_norm": False,  # LayerNorm on each head's queries and keys
+        "dtype": "float32",  # of matmuls; all else stays float32
+        "remat": False,  # recompute blocks in the backward pass: less memory
+        "scan": True,  # False unrolls the blocks, for debugging
+      },
+      "data": {
+        "source": "synthetic",  # see elit_jax/data/sources.py
+        "shape": (8, 8, 1),  # of a sample: (*space, channels)
+        "options": {"count": 1024, "shape": (8, 8, 1), "classes": 10},  # the source's
+      },
+      # What a training step may cost, drawn anew each step (DESIGN: "k4" latents a
+      # group, "n64" an image, "25%" of all); weights () means uniform.
+      "budgets": ("100%",),
+      "budget_weights": (),
+      "flow": {
+        "path": "linear",  # linear | cosine
+        "time": "logit_normal",  # uniform | logit_normal
+        "label_dropout": 0.1,  # share of labels replaced by the null label
+      },
+      "train": {
+        "steps": 100,
+        "batch_size": 32,  # examples a step, over all devices
+        "accumulation": 1,  # micro-batches a step
+        "log_every": 10,  # steps
+        "preview_every": 0,  # steps between sample grids; 0: none
+        "max_bad_steps": 10,  # non-finite gradients in a row before training stops
+      },
+      "optim": {  # DiT, sec. 4; ELIT's training script
+        "lr": 1e-4,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip": 1.0,  # largest global norm of the gradient
+        "warmup": 0,  # steps
+        "ema": 0.9999,  # decay a step
+      },
+      "checkpoint": {
+        "every": 50,  # steps
+        "keep": 2,  # newest checkpoints kept
+        "keep_every": 100_000,  # steps; such checkpoints are kept for ever
+      },
+      "sample": {
+        "count": 64,  # images
+        "batch_size": 32,
+        "steps": 40,  # ELIT, sec. 4: 40 Euler steps
+        "solver": "euler",  # euler | heun | sde
+        "budget": "100%",
+        "seed": 0,
+      },
+      "guidance": {
+        "scale": 1.0,  # 1: none
+        "label": "null",  # of the weak branch: null (CFG, CCFG) | same (AutoGuidance)
+        "budget": "",  # of the weak branch; "": that of the strong one
+        "low": 0.0,  # guided at times low <= t <= high, t = 1 is noise
+        "high": 1.0,
+      },
+      "eval": {
+        "draws": 16,  # noise draws for each held-out image
+        "full_count": 500,  # samples at full budget without guidance
+        "count": 200,  # samples of every other row
+        "guidance_scale": 2.0,  # of the guided rows
+        "seed": 1,
+      },
+    }
+  )

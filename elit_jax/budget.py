@@ -1,0 +1,83 @@
+"""Budgets: how much compute a forward pass may use, as static hashable values."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elit_jax.errors import ConfigError
+
+FORMS = "a fraction such as 0.25 or 25%, k4 (latents a group) or n64 (latents an image)"
+
+
+@dataclass(frozen=True)
+class Budget:
+  """Static compute setting of one forward pass; None leaves a knob fully open.
+
+  latents: latents kept in each group (ELIT); None where a model has no interface.
+  """
+
+  latents: int | None = None
+
+  def __str__(self) -> str:
+    return "full" if self.latents is None else f"k{self.latents}"
+
+
+def parse_budget(
+  text: str | float, slots: int | None = None, groups: int | None = None
+) -> Budget:
+  """Reads a budget for a model with `groups` groups of `slots` latents (None: no ELIT).
+
+  A fraction b keeps floor(slots b + 1e-6) latents a group. Raises ConfigError for
+  what cannot be read, keeps nothing, or asks for more latents than there are.
+  """
+  text = str(text).strip()
+  match = re.fullmatch(r"([kn]?)(\d+(?:\.\d+)?(?:[eE]-?\d+)?)(%?)", text)
+  unit, number, percent = match.groups() if match else ("", "", "")
+  if not match or (unit and (percent or not number.isdigit())):
+    raise ConfigError(f"budget {text!r} cannot be read: write {FORMS}")
+  value = float(number) / (100 if percent else 1)
+  if value == 0:
+    raise ConfigError(f"budget {text!r} keeps nothing: the smallest is one latent (k1)")
+  if not unit and value > 1:
+    raise ConfigError(f"budget {text!r} is a bare number above 1: write {FORMS}")
+  if slots is None or groups is None:
+    if not unit and value == 1:
+      return Budget()
+    raise ConfigError(
+      f"budget {text!r} needs a latent interface, which this model lacks: use 100%"
+    )
+  return Budget(_latents(text, unit, value, slots, groups))
+
+
+def _latents(text: str, unit: str, value: float, slots: int, groups: int) -> int:
+  if unit == "n" and int(value) % groups:
+    raise ConfigError(
+      f"budget {text!r} is not a multiple of the {groups} groups of the image"
+    )
+  per_group = {"": slots * value + 1e-6, "k": value, "n": value / groups}[unit]
+  latents = math.floor(per_group)
+  if latents < 1:
+    raise ConfigError(
+      f"budget {text!r} keeps no latent of {slots} a group: at least k1 is needed"
+    )
+  if latents > slots:
+    raise ConfigError(
+      f"budget {text!r} asks for {latents} latents a group, but there are {slots}"
+    )
+  return latents
+
+
+def draw_budget(
+  seed: int, step: int, budgets: Sequence[Budget], weights: Sequence[float] = ()
+) -> Budget:
+  """The budget of a training step: a function of (seed, step) alone.
+
+  Drawn on the host, uniform over `budgets` unless weights are given, so every host
+  and every resumed run draws the same one without talking.
+  """
+  rng = np.random.default_rng((seed, step))
+  share = np.asarray(weights or [1.0] * len(budgets), np.float64)
+  return budgets[rng.choice(len(budgets), p=share / share.sum())]

@@ -1,0 +1,465 @@
+"""A report as files: samples, pictures, a table and JSON, from plain data.
+
+A row is a dict with the keys `ROW_KEYS`, one for each way of sampling: `kind` is
+"plain" or "guided", `ms_per_image` the median of `ms_per_image_runs`, `samples` their
+number and `protocol` a dict of everything else that the figures depend on. A guided row
+has no loss of its own: its `validation_loss` is that of its strong budget, its error
+None.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine, LayoutEngine
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, NullFormatter, StrMethodFormatter
+
+from elit_jax.errors import ConfigError
+
+ROW_KEYS = (
+  "name",
+  "kind",
+  "latents_per_group",
+  "core_tokens",
+  "parameters",
+  "gflops_per_image",
+  "gflops_per_forward",
+  "ms_per_image",
+  "ms_per_image_runs",
+  "validation_loss",
+  "validation_loss_se",
+  "recognised",
+  "frechet_raw_pixels",
+  "nearest_train_distance",
+  "samples",
+  "protocol",
+)
+_PLAIN_COLOUR = "#1f5fa8"
+_GUIDED_STYLES = (
+  ("s", "#d1495b"),
+  ("^", "#e08e1b"),
+  ("D", "#3c8d5a"),
+  ("v", "#7a4fa3"),
+)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+  """Float images in [-1, 1] as uint8 of any shape: `clip(127.5 x + 128, 0, 255)`,
+  truncated, the conversion of the DiT and SiT sampling scripts.
+
+  So -1 is 0, 0 is 128, 1 is 255. ConfigError for values that are not finite.
+  """
+  images = np.asarray(images, np.float64)
+  bad = int(np.count_nonzero(~np.isfinite(images)))
+  if bad:
+    raise ConfigError(f"{bad} of {images.size} pixel values are not finite")
+  return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
+
+
+def file_stem(name: str) -> str:
+  """A row's name as part of a file name: anything but letters, digits, `.`, `+` and
+  `-` becomes `_`, so that "cfg 2.0" is stored in `samples_cfg_2.0.npz`."""
+  return re.sub(r"[^A-Za-z0-9.+-]+", "_", name).strip("_")
+
+
+def save_samples(
+  path: str | os.PathLike, images: np.ndarray, labels: np.ndarray
+) -> None:
+  """Write images `(N, H, W, C)` in [-1, 1] and labels `(N,)` as an npz in the layout of
+  the ADM evaluation suite: `arr_0` uint8 NHWC (see `to_uint8`), `arr_1` int64 labels.
+
+  ConfigError if the shapes disagree or a value is not finite.
+  """
+  images, labels = np.asarray(images), np.asarray(labels)
+  if images.ndim != 4 or labels.shape != images.shape[:1]:
+    raise ConfigError(
+      "samples are images (N, H, W, C) with labels (N,), got "
+      f"{images.shape} and {labels.shape}"
+    )
+  pixels = to_uint8(images)
+  with _atomic(path) as partial:
+    np.savez(partial, arr_0=pixels, arr_1=labels.astype(np.int64))
+
+
+def row_caption(row: Mapping) -> str:
+  """Three lines for the grid: the row's name, its latents, and what an image costs."""
+  latents = row["latents_per_group"]
+  return (
+    f"{row['name']}\n{latents} latent{'' if latents == 1 else 's'} a group\n"
+    f"{_number(row['gflops_per_image'])} GFLOPs, {_number(row['ms_per_image'])} ms "
+    "an image"
+  )
+
+
+def grid_png(
+  path: str | os.PathLike,
+  rows: Sequence[tuple[str, np.ndarray]],
+  labels: Sequence[int | str],
+  title: str = "The same noise and label in each column, one compute budget a row",
+) -> None:
+  """Draw rows of (caption, images `(n, H, W, C)` in [-1, 1]) under n column labels.
+
+  One channel is drawn in grey, -1 black; three as RGB. The first line of a caption is
+  set in bold. ConfigError for other channel counts or rows of unequal shapes.
+  """
+  shapes = {np.shape(images) for _, images in rows}
+  shape = shapes.pop() if len(shapes) == 1 else ()
+  if len(shape) != 4 or shape[0] != len(labels) or shape[-1] not in (1, 3):
+    raise ConfigError(
+      f"a grid of {len(labels)} columns needs rows of one shape ({len(labels)}, H, W, "
+      f"1 or 3), got {[np.shape(images) for _, images in rows]}"
+    )
+  tiles = [to_uint8(images) for _, images in rows]
+  zoom = math.ceil(96 / max(shape[1:3]))  # small images keep whole, sharp pixels
+  height, width = shape[1] * zoom, shape[2] * zoom
+  gap = max(4, width // 16)
+  stride_y, stride_x = height + gap, width + gap
+  canvas = np.full(
+    (len(rows) * stride_y - gap, len(labels) * stride_x - gap, 3), 255, np.uint8
+  )
+  for i, j in np.ndindex(len(rows), len(labels)):
+    y, x = i * stride_y, j * stride_x
+    tile = tiles[i][j].repeat(zoom, axis=0).repeat(zoom, axis=1)
+    canvas[y : y + height, x : x + width] = tile
+
+  cell, left, right, top, bottom = 0.72, 2.15, 0.15, 0.72, 0.15  # inches
+  inner_x, inner_y = canvas.shape[1] * cell / width, canvas.shape[0] * cell / width
+  size_x, size_y = left + inner_x + right, top + inner_y + bottom
+  figure = _figure((size_x, size_y))
+  axes = figure.add_axes(
+    (left / size_x, bottom / size_y, inner_x / size_x, inner_y / size_y)
+  )
+  axes.imshow(canvas, interpolation="antialiased")
+  axes.set_axis_off()
+  figure.text(
+    0.15 / size_x, 1 - 0.16 / size_y, title, fontsize=11, weight="bold", va="top"
+  )
+  axes.text(-2 * gap, -gap, "label", fontsize=10, color="0.35", ha="right")
+  for j, label in enumerate(labels):
+    axes.text(j * stride_x + width / 2, -gap, str(label), fontsize=10, ha="center")
+  point = width / (72 * cell)  # canvas pixels in one typographic point
+  for i, (caption, _) in enumerate(rows):
+    name, _, rest = caption.partition("\n")
+    lines = 1 + rest.count("\n") if rest else 0
+    y = i * stride_y + height / 2 - point * (6 + 5 * lines)
+    style = {"ha": "right", "va": "top"}
+    axes.text(-2 * gap, y, name, style, fontsize=10, weight="bold")
+    y += 14 * point
+    axes.text(-2 * gap, y, rest, style, fontsize=7.5, linespacing=1.3)
+  _save(figure, path)
+
+
+def tradeoff_png(
+  path: str | os.PathLike, rows: Sequence[Mapping], reference: Mapping | None = None
+) -> None:
+  """Draw quality (validation loss above, fraction recognised below) against GFLOPs an
+  image (left) and measured ms an image (right).
+
+  Vertical bars are one standard error (binomial for the fraction), horizontal ones span
+  the timed runs. Guided rows appear below only; `reference["recognised_ceiling"]`, if
+  given, is drawn as a line.
+  """
+  plain = [row for row in rows if row["kind"] == "plain"]
+  guided = [row for row in rows if row["kind"] != "plain"]
+  if not plain:
+    raise ConfigError("the trade-off needs at least one row of kind 'plain', got none")
+  figure = _figure((10, 8), ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+  figure.suptitle(
+    "One model, many budgets: quality against compute", fontsize=14, weight="bold"
+  )
+  panels = figure.subplots(2, 2, sharex="col", sharey="row")
+  costs = (
+    ("gflops_per_image", "compute of one image [GFLOPs]"),
+    ("ms_per_image", "measured time of one image [ms]"),
+  )
+  for column, (cost, cost_label) in enumerate(costs):
+    loss_axes, share_axes = panels[:, column]
+    _draw_curve(loss_axes, plain, cost, "validation_loss")
+    _draw_curve(share_axes, plain, cost, "recognised")
+    for row, (marker, colour) in zip(guided, _styles(len(guided)), strict=True):
+      _draw_points(
+        share_axes,
+        [row],
+        cost,
+        "recognised",
+        label=f"{row['name']} (guided)",
+        color=colour,
+        marker=marker,
+        linestyle="none",
+        markerfacecolor="none",
+        markeredgewidth=1.8,
+        markersize=9,
+      )
+    ceiling = (reference or {}).get("recognised_ceiling")
+    if ceiling is not None:
+      share_axes.axhline(
+        ceiling,
+        color="0.4",
+        linestyle="--",
+        linewidth=1.2,
+        label=f"real, held-out images ({100 * ceiling:.1f} %)",
+      )
+    share_axes.set_xlabel(cost_label)
+    _scale_cost(share_axes, [row[cost] for row in rows])
+  panels[0, 0].set_ylabel("validation loss  (lower is better)")
+  panels[1, 0].set_ylabel("samples recognised  (higher is better)")
+  panels[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %"))
+  panels[1, 0].set_ylim(top=min(panels[1, 0].get_ylim()[1], 1.005))
+  notes = (
+    "Vertical bars: one standard error. Budgets share images, noise and\n"
+    "times: their differences in loss are surer than the bars suggest.",
+    "Horizontal bars: range of the timed runs.",
+  )
+  for axes, note in zip(panels[0], notes, strict=True):
+    axes.set_title(note, fontsize=8.5, color="0.3", loc="left")
+  handles, names = panels[1, 0].get_legend_handles_labels()
+  order = sorted(range(len(names)), key=lambda i: names[i].startswith("real"))
+  figure.legend(
+    [handles[i] for i in order],
+    [names[i] for i in order],
+    loc="outside lower center",
+    ncols=min(3, len(names)),
+    fontsize=9,
+  )
+  figure.align_ylabels()
+  _save(figure, path)
+
+
+def report_table(rows: Sequence[Mapping], reference: Mapping | None = None) -> str:
+  """The rows as an aligned text table, and under it what real images score.
+
+  Of `reference` it reads, where present, the keys of `digits.reference_quality` and
+  `paired`, the list of `metrics.paired_tests`.
+  """
+  header = (
+    ("", "latents", "core", "para-", "GFLOPs", "ms", "validation", "recog-", "Frechet"),
+    ("row", "a group", "tokens", "meters", "an image", "an image", "loss", "nised"),
+  )
+  lines = [(*header[0], "nearest"), (*header[1], "raw pixels", "train")]
+  for row in rows:
+    lines.append(
+      (
+        row["name"],
+        _number(row["latents_per_group"]),
+        _number(row["core_tokens"]),
+        f"{row['parameters']:,}",
+        _number(row["gflops_per_image"]),
+        _number(row["ms_per_image"]),
+        _loss(row),
+        _percent(row["recognised"]),
+        _fixed(row["frechet_raw_pixels"], 3),
+        _fixed(row["nearest_train_distance"], 3),
+      )
+    )
+  widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+  text = [
+    "  ".join(
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ).rstrip()
+    for line in lines
+  ]
+  text.insert(2, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+  notes = _notes(rows, reference or {})
+  return "\n".join(text + (["", *notes] if notes else []))
+
+
+def write_report(directory: str | os.PathLike, report: Mapping) -> Path:
+  """Write `report` (key `rows`, and whatever else) to `directory/report.json`; returns
+  the path.
+
+  The file appears whole or not at all. Keys keep their order, rows that of `ROW_KEYS`;
+  NumPy values become plain ones, and numbers that are not finite become null.
+  ConfigError if a row lacks one of `ROW_KEYS`.
+  """
+  rows = []
+  for row in report["rows"]:
+    missing = [key for key in ROW_KEYS if key not in row]
+    if missing:
+      raise ConfigError(f"row {row.get('name')!r} of the report lacks {missing}")
+    rows.append({key: row[key] for key in ROW_KEYS} | dict(row))
+  path = Path(directory) / "report.json"
+  text = json.dumps(_plain({**report, "rows": rows}), indent=2, allow_nan=False)
+  with _atomic(path) as partial:
+    partial.write_text(text + "\n", encoding="utf-8")
+  return path
+
+
+def _draw_curve(axes: Axes, rows: Sequence[Mapping], cost: str, value: str) -> None:
+  rows = sorted(rows, key=lambda row: row[cost])
+  _draw_points(
+    axes,
+    rows,
+    cost,
+    value,
+    label="plain sampling, one point a budget",
+    color=_PLAIN_COLOUR,
+    marker="o",
+    markersize=6,
+    linestyle="-",
+    linewidth=1.5,
+  )
+  # Names on the side that the curve leaves free: above where it falls, below where it
+  # rises.
+  above = value == "validation_loss"
+  for row in rows:
+    if row[value] is not None:
+      axes.annotate(
+        row["name"],
+        (row[cost], row[value]),
+        (7, 6) if above else (7, -8),
+        textcoords="offset points",
+        va="bottom" if above else "top",
+        fontsize=9,
+        color=_PLAIN_COLOUR,
+        zorder=5,
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+      )
+  axes.grid(color="0.9")
+  axes.set_axisbelow(True)
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.margins(x=0.1, y=0.15)
+
+
+def _draw_points(
+  axes: Axes, rows: Sequence[Mapping], cost: str, value: str, **style: Any
+) -> None:
+  rows = [row for row in rows if row[value] is not None]
+  if not rows:
+    return
+  if value == "recognised":
+    errors = [math.sqrt(r[value] * (1 - r[value]) / r["samples"]) for r in rows]
+  else:
+    errors = [row.get(f"{value}_se") or 0.0 for row in rows]
+  x = np.array([row[cost] for row in rows])
+  spans = np.zeros((2, len(rows)))
+  if cost == "ms_per_image":
+    runs = [row.get("ms_per_image_runs") or [row[cost]] for row in rows]
+    spans = np.array([x - [min(r) for r in runs], [max(r) for r in runs] - x]).clip(0)
+  axes.errorbar(
+    x,
+    [row[value] for row in rows],
+    yerr=errors,
+    xerr=spans if spans.any() else None,
+    capsize=3,
+    elinewidth=1,
+    **style,
+  )
+
+
+def _scale_cost(axes: Axes, costs: Sequence[float]) -> None:
+  if min(costs) <= 0 or max(costs) < 6 * min(costs):
+    axes.set_xlim(left=0)
+    return
+  axes.set_xscale("log", base=2)
+  axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+  axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _styles(count: int) -> list[tuple[str, str]]:
+  return [_GUIDED_STYLES[i % len(_GUIDED_STYLES)] for i in range(count)]
+
+
+def _notes(rows: Sequence[Mapping], reference: Mapping) -> list[str]:
+  notes = []
+  counts = sorted({row["samples"] for row in rows})
+  if counts:
+    notes.append(f"samples a row: {' or '.join(f'{n:,}' for n in counts)}")
+  if "recognised_ceiling" in reference:
+    ceiling = _percent(reference["recognised_ceiling"])
+    notes.append(f"recognised, ceiling: {ceiling} of real held-out images")
+  if "frechet_raw_pixels_floor" in reference:
+    floor = f"{reference['frechet_raw_pixels_floor']:.3f}"
+    train, held_out = reference["frechet_raw_pixels_floor_n"]
+    notes.append(
+      f"Frechet distance on raw pixels in [-1, 1], floor: {floor} between {train:,} "
+      f"training and {held_out:,} held-out images; rows are against all "
+      f"{reference['frechet_raw_pixels_reference_n']:,}"
+    )
+  if "nearest_train_distance_held_out" in reference:
+    notes.append(
+      "median distance to the nearest training image, of held-out images: "
+      f"{reference['nearest_train_distance_held_out']:.3f}"
+    )
+  for test in reference.get("paired", ()):
+    ratio = test["standard_errors"]
+    notes.append(
+      f"validation loss, {test['smaller']} minus {test['larger']}: "
+      f"{test['difference']:+.5f} +- {test['standard_error']:.5f}"
+      + (f" ({ratio:+.1f} paired standard errors)" if ratio is not None else "")
+    )
+  if any(row["kind"] != "plain" for row in rows):
+    notes.append("a guided row shows the validation loss of its strong budget, in ( )")
+  return notes
+
+
+def _loss(row: Mapping) -> str:
+  loss, error = row["validation_loss"], row["validation_loss_se"]
+  if loss is None:
+    return "-"
+  if row["kind"] != "plain":
+    return f"({loss:.4f})"
+  return f"{loss:.4f}" + (f" +- {error:.4f}" if error is not None else "")
+
+
+def _number(value: float | None) -> str:
+  """Three significant digits, whole numbers in full, never an exponent above 1e-4."""
+  if value is None:
+    return "-"
+  if value == int(value) or abs(value) >= 100:
+    return f"{value:,.0f}"
+  return f"{value:.3g}"
+
+
+def _fixed(value: float | None, decimals: int) -> str:
+  return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def _percent(value: float | None) -> str:
+  return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _plain(value: Any) -> Any:
+  """`value` as what JSON knows."""
+  if isinstance(value, Mapping):
+    return {str(key): _plain(item) for key, item in value.items()}
+  if isinstance(value, np.ndarray | np.generic):
+    return _plain(value.tolist())
+  if isinstance(value, list | tuple):
+    return [_plain(item) for item in value]
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  return value
+
+
+def _figure(size: tuple[float, float], layout: LayoutEngine | None = None) -> Figure:
+  figure = Figure(figsize=size, dpi=150, facecolor="white", layout=layout)
+  FigureCanvasAgg(figure)
+  return figure
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+  with _atomic(path) as partial:
+    figure.savefig(partial, format="png")
+
+
+@contextlib.contextmanager
+def _atomic(path: str | os.PathLike) -> Iterator[Path]:
+  """A path beside `path`, with its suffix, that replaces it when the block succeeds."""
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+    partial = Path(folder) / path.name
+    yield partial
+    os.replace(partial, path)

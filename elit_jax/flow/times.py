@@ -1,0 +1,35 @@
+"""Which times to train on."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from elit_jax.errors import ConfigError, nearest
+from elit_jax.flow.process import Process
+
+TimeSampler = Callable[[Process, jax.Array], jax.Array]
+
+
+def uniform(path: Process, key: jax.Array) -> jax.Array:
+  """A time from U(0, 1)."""
+  del path
+  return jax.random.uniform(key)
+
+
+def logit_normal(path: Process, key: jax.Array) -> jax.Array:
+  """A time whose log(sigma / alpha) is standard normal (SD3, sec. 3.1)."""
+  return path.logit_normal(jnp, jax.random.normal(key))
+
+
+TIMES: dict[str, TimeSampler] = {"uniform": uniform, "logit_normal": logit_normal}
+
+
+def time_sampler(name: str) -> TimeSampler:
+  """The training-time distribution called `name`; raises ConfigError if unknown."""
+  if name not in TIMES:
+    raise ConfigError(
+      f"unknown time distribution {name!r}: did you mean {nearest(name, TIMES)!r}? "
+      f"Known: {', '.join(TIMES)}"
+    )
+  return TIMES[name]

@@ -1,0 +1,263 @@
+"""Networks as values: a model is a frozen record with a tuple of stages.
+
+Everything that can be known without running a network is derived from this record:
+names, token counts, legality and FLOPs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from elit_jax.budget import Budget, parse_budget
+from elit_jax.errors import ConfigError
+
+Grid = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+  """`count` equal adaLN-Zero blocks, scanned."""
+
+  count: int
+  mlp_ratio: float = 4.0
+  qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+  """Tokens to latents, group by group; ends the head.
+
+  window: tokens of a group along each axis; a group has as many latents as tokens.
+  positions: rows of the table of latent positions (4096 in the released weights).
+  """
+
+  window: Grid
+  positions: int = 4096
+
+
+@dataclass(frozen=True)
+class Write:
+  """Latents back to tokens; begins the tail.
+
+  sees: "all" latents of a group, dropped ones as Read left them (released, and what
+  the published FLOPs count), or only the "kept" ones, in which case Read computes no
+  others either.
+  """
+
+  window: Grid
+  depth: int = 1
+  sees: Literal["all", "kept"] = "all"
+
+
+@dataclass(frozen=True)
+class Tap:
+  """Projections of the stream at this place, for representation alignment (REPA)."""
+
+  features: tuple[int, ...]
+  hidden: int = 2048
+
+
+Stage = Blocks | Read | Write | Tap
+
+
+@dataclass(frozen=True)
+class Time:
+  """How the network's clock runs: it is fed scale * t, or scale * (1 - t) where
+  `noise_at` is 0. Ours has t = 1 at noise; the velocity changes sign with the clock.
+  """
+
+  scale: float = 1.0
+  noise_at: Literal[0, 1] = 1
+
+
+@dataclass(frozen=True)
+class Compute:
+  """How a network is run, not what it computes.
+
+  dtype: of matmuls; parameters, norms, softmax and the residual stream stay fp32.
+  remat: recompute each block in the backward pass. scan: False unrolls the blocks.
+  """
+
+  dtype: str = "float32"
+  remat: bool = True
+  scan: bool = True
+
+
+@dataclass(frozen=True)
+class Model:
+  """A denoiser: patches in, a trunk of stages, velocity out.
+
+  out_channels beyond `channels` (a learned variance) are computed and set aside.
+  """
+
+  width: int
+  heads: int
+  trunk: tuple[Stage, ...]
+  patch: Grid = (2, 2)
+  channels: int = 4
+  out_channels: int = 4
+  classes: int = 1000
+  time: Time = Time()
+  compute: Compute = Compute()
+
+
+def names(trunk: Sequence[Stage]) -> list[str]:
+  """Name of each stage, also its place in the parameters.
+
+  Blocks are named by the number of their first block in the plain network, which no
+  transform of the trunk changes.
+  """
+  out, first = [], 0
+  for stage in trunk:
+    out.append(f"blocks_{first:02d}" if isinstance(stage, Blocks) else _kind(stage))
+    first += stage.count if isinstance(stage, Blocks) else 0
+  return out
+
+
+def _kind(stage: Stage) -> str:
+  return type(stage).__name__.lower()
+
+
+def find(model: Model, kind: type) -> Stage | None:
+  """The one stage of a kind, or None."""
+  return next((stage for stage in model.trunk if isinstance(stage, kind)), None)
+
+
+def seams(model: Model) -> tuple[int, int]:
+  """Where the core begins and ends in the trunk: after Read and before Write."""
+  kinds = [type(stage) for stage in model.trunk]
+  if Read not in kinds:
+    return 0, len(kinds)
+  return kinds.index(Read) + 1, kinds.index(Write)
+
+
+def grid_of(model: Model, shape: Sequence[int]) -> Grid:
+  """Token grid of a sample of `shape` (*space, channels); raises ConfigError."""
+  space = tuple(shape[:-1])
+  if len(space) != len(model.patch):
+    raise ConfigError(
+      f"sample shape {tuple(shape)} has {len(space)} axes besides the channels, but "
+      f"the patch {model.patch} has {len(model.patch)}"
+    )
+  if shape[-1] != model.channels:
+    raise ConfigError(
+      f"sample shape {tuple(shape)} has {shape[-1]} channels, the model {model.channels}"
+    )
+  if any(s % p for s, p in zip(space, model.patch, strict=True)):
+    raise ConfigError(f"patch {model.patch} does not divide the sample shape {space}")
+  return tuple(s // p for s, p in zip(space, model.patch, strict=True))
+
+
+def validate(model: Model, shape: Sequence[int]) -> Grid:
+  """The token grid of a legal model and sample shape; raises ConfigError otherwise."""
+  if model.width % model.heads:
+    raise ConfigError(f"{model.heads} heads do not divide the width {model.width}")
+  grid = grid_of(model, shape)
+  kinds = [type(stage) for stage in model.trunk]
+  places = [i for i, kind in enumerate(kinds) if kind in (Read, Write)]
+  if places and [kinds[i] for i in places] != [Read, Write]:
+    raise ConfigError("a trunk holds one Read followed by one Write, or neither")
+  read, write = find(model, Read), find(model, Write)
+  if isinstance(read, Read) and isinstance(write, Write):
+    _validate_interface(read, write, grid)
+  return grid
+
+
+def _validate_interface(read: Read, write: Write, grid: Grid) -> None:
+  window = read.window
+  if write.window != window:
+    raise ConfigError(f"Read has groups of {window}, Write of {write.window}")
+  if len(window) != len(grid) or any(w < 1 for w in window):
+    raise ConfigError(f"group {window} must have {len(grid)} sides of at least 1")
+  if any(g % w for g, w in zip(grid, window, strict=True)):
+    raise ConfigError(f"group {window} does not divide the token grid {grid}")
+  if write.sees not in ("all", "kept"):
+    raise ConfigError(f"Write sees 'all' or 'kept' latents, not {write.sees!r}")
+  if math.prod(grid) > read.positions:
+    raise ConfigError(
+      f"{math.prod(grid)} tokens exceed the {read.positions} latent positions of Read"
+    )
+
+
+def budget_for(model: Model, shape: Sequence[int], text: str | float) -> Budget:
+  """Parses a budget against a model and a sample shape; raises ConfigError."""
+  read = find(model, Read)
+  if not isinstance(read, Read):
+    return parse_budget(text)
+  slots = math.prod(read.window)
+  return parse_budget(text, slots, math.prod(grid_of(model, shape)) // slots)
+
+
+def kept(read: Read, budget: Budget) -> int:
+  """Latents of each group that the core sees."""
+  return math.prod(read.window) if budget.latents is None else budget.latents
+
+
+def computed(model: Model, read: Read, budget: Budget) -> int:
+  """Latents of each group that Read computes and Write sees."""
+  write = find(model, Write)
+  only_kept = isinstance(write, Write) and write.sees == "kept"
+  return kept(read, budget) if only_kept else math.prod(read.window)
+
+
+@dataclass(frozen=True)
+class Cost:
+  """A stage's tokens (that attention sees) and FLOPs in one forward pass of one sample.
+
+  FLOPs are 2 a multiply-add of matmuls, convolutions and attention, nothing else.
+  """
+
+  name: str
+  tokens: int
+  flops: int
+
+
+def costs(model: Model, shape: Sequence[int], budget: Budget) -> list[Cost]:
+  """Cost of every stage of one forward pass, embedding and unembedding included.
+
+  Taps are left out: a forward pass that samples does not compute them.
+  """
+  n, d = math.prod(grid_of(model, shape)), model.width
+  patch = math.prod(model.patch)
+  stem = 2 * n * d * model.channels * patch + 2 * (256 * d + d * d)
+  rows, tokens = [Cost("embed", n, stem)], n
+  for name, stage in zip(names(model.trunk), model.trunk, strict=True):
+    flops = 0
+    match stage:
+      case Blocks():
+        per_token = 8 * d * d + 4 * d * int(d * stage.mlp_ratio)
+        attn = 4 * tokens * tokens * d
+        flops = stage.count * (12 * d * d + tokens * per_token + attn)
+      case Read():
+        slots, j = math.prod(stage.window), computed(model, stage, budget)
+        latents = n // slots * j
+        flops = 14 * d * d + 4 * n * d * d + 8 * latents * d * d + 4 * n * j * d
+        tokens = n // slots * kept(stage, budget)
+      case Write():
+        slots, j = math.prod(stage.window), _seen(model, budget)
+        latents = n // slots * j
+        layer = 8 * n * d * d + 4 * latents * d * d + 4 * n * j * d
+        flops, tokens = stage.depth * layer, n
+      case Tap():
+        pass
+    rows.append(Cost(name, tokens, flops))
+  out = 4 * d * d + 2 * n * d * patch * model.out_channels
+  return [*rows, Cost("unembed", n, out)]
+
+
+def _seen(model: Model, budget: Budget) -> int:
+  read = find(model, Read)
+  return computed(model, read, budget) if isinstance(read, Read) else 0
+
+
+def flops(model: Model, shape: Sequence[int], budget: Budget = Budget()) -> int:
+  """FLOPs of one forward pass of one sample of `shape` (*space, channels)."""
+  return sum(cost.flops for cost in costs(model, shape, budget))
+
+
+def core_tokens(model: Model, shape: Sequence[int], budget: Budget) -> int:
+  """Tokens that the core attends over."""
+  first, last = seams(model)
+  rows = costs(model, shape, budget)[1:-1]
+  return rows[first].tokens if first < last else rows[first - 1].tokens

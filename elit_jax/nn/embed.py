@@ -1,0 +1,113 @@
+"""Into and out of token space: patches, time and labels."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from elit_jax.nn.linear import linear, normal, xavier, zeros
+from elit_jax.nn.modulation import Modulation, layer_norm, modulate
+from elit_jax.nn.position import timestep_features
+
+
+def patchify(x: jax.Array, patch: Sequence[int]) -> jax.Array:
+  """(B, *space, C) to raster tokens (B, N, P C); a token reads (*patch, C)."""
+  batch, *space, channels = x.shape
+  grid = [s // p for s, p in zip(space, patch, strict=True)]
+  split = [n for pair in zip(grid, patch, strict=True) for n in pair]
+  x = x.reshape(batch, *split, channels)
+  dims = len(grid)
+  order = [1 + 2 * i for i in range(dims)] + [2 + 2 * i for i in range(dims)]
+  x = x.transpose(0, *order, 1 + 2 * dims)
+  return x.reshape(batch, math.prod(grid), math.prod(patch) * channels)
+
+
+def unpatchify(
+  x_BNP: jax.Array, grid: Sequence[int], patch: Sequence[int]
+) -> jax.Array:
+  """Inverse of `patchify`: (B, N, P C) to (B, *space, C)."""
+  batch, dims = x_BNP.shape[0], len(grid)
+  x = x_BNP.reshape(batch, *grid, *patch, -1)
+  order = [axis for i in range(dims) for axis in (1 + i, 1 + dims + i)]
+  x = x.transpose(0, *order, 1 + 2 * dims)
+  return x.reshape(batch, *(g * p for g, p in zip(grid, patch, strict=True)), -1)
+
+
+class PatchEmbed(nn.Module):
+  """Strided convolution (kernel = stride = patch) as one matmul on patches."""
+
+  width: int
+  patch: Sequence[int]
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (*self.patch, x.shape[-1], self.width)
+
+    def init(key: jax.Array) -> jax.Array:
+      return xavier(key, (math.prod(shape[:-1]), self.width)).reshape(shape)
+
+    kernel = self.param("kernel", init).reshape(-1, self.width)
+    bias = self.param("bias", zeros, (self.width,))
+    x_BNP = patchify(x, self.patch).astype(self.dtype)
+    tokens_BND = x_BNP @ kernel.astype(self.dtype)
+    return tokens_BND.astype(jnp.float32) + bias[None, None]
+
+
+class TimeEmbed(nn.Module):
+  """Time (B,) to its embedding (B, D): 256 sinusoids, Linear, SiLU, Linear; fp32."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, t_B: jax.Array) -> jax.Array:
+    kwargs = {"dtype": jnp.float32, "init": normal}
+    hidden = linear(self.width, name="fc1", **kwargs)(timestep_features(t_B))
+    return linear(self.width, name="fc2", **kwargs)(nn.silu(hidden))
+
+
+class LabelEmbed(nn.Module):
+  """Table (classes + 1, D); the last row is the null label."""
+
+  classes: int
+  width: int
+
+  @nn.compact
+  def __call__(self, label_B: jax.Array) -> jax.Array:
+    table = self.param("table", normal, (self.classes + 1, self.width))
+    return jnp.take(table, label_B, axis=0, mode="clip")
+
+
+class Unembed(nn.Module):
+  """Final adaLN and linear layer, zero at init: (B, N, D) to patches (B, N, P C)."""
+
+  patch: Sequence[int]
+  channels: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BND: jax.Array, c_BD: jax.Array) -> jax.Array:
+    width = x_BND.shape[-1]
+    shift, scale = Modulation(2, width, self.dtype, name="modulation")(c_BD)
+    out = linear(
+      (*self.patch, self.channels), name="linear", dtype=self.dtype, init=zeros
+    )(modulate(layer_norm(x_BND), shift, scale))
+    return out.reshape(*x_BND.shape[:2], -1).astype(jnp.float32)
+
+
+class Projector(nn.Module):
+  """REPA's projection of tokens to an encoder's features: a three-layer SiLU MLP."""
+
+  hidden: int
+  features: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    x = nn.silu(linear(self.hidden, name="fc1", dtype=self.dtype)(x_BND))
+    x = nn.silu(linear(self.hidden, name="fc2", dtype=self.dtype)(x))
+    out = linear(self.features, name="fc3", dtype=self.dtype)(x)
+    return out.astype(jnp.float32)

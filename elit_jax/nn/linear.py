@@ -1,0 +1,50 @@
+"""Linear maps in the parametrisations that the papers initialise differently."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Init = Callable[..., jax.Array]
+
+xavier: Init = nn.initializers.xavier_uniform()
+zeros: Init = nn.initializers.zeros
+normal: Init = nn.initializers.normal(0.02)
+
+
+def fan_in_uniform(fan_in: int) -> Init:
+  """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for weight and bias."""
+  bound = fan_in**-0.5
+
+  def init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def linear(
+  features: int | Sequence[int],
+  *,
+  name: str,
+  dtype: Any,
+  inputs: int = 1,
+  init: Init = xavier,
+  bias_init: Init | None = zeros,
+) -> nn.DenseGeneral:
+  """Affine map of the last `inputs` axes to `features`; no bias if `bias_init` is None.
+
+  The initialiser sees the flattened (fan_in, fan_out) matrix, so a fused kernel such
+  as (D, 3, A, K) is drawn as the one (D, 3 A K) matrix that the papers draw.
+  """
+  return nn.DenseGeneral(
+    features,
+    axis=tuple(range(-inputs, 0)),
+    use_bias=bias_init is not None,
+    dtype=dtype,
+    param_dtype=jnp.float32,
+    kernel_init=init,
+    bias_init=bias_init or zeros,
+    name=name,
+  )

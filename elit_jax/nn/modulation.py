@@ -1,0 +1,53 @@
+"""Norms and adaptive modulation (adaLN)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from elit_jax.nn.linear import linear, zeros
+
+
+def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+  """LayerNorm without affine parameters over the last axis, in fp32."""
+  x = x.astype(jnp.float32)
+  mean = x.mean(-1, keepdims=True)
+  var = jnp.square(x - mean).mean(-1, keepdims=True)
+  return (x - mean) * jax.lax.rsqrt(var + eps)
+
+
+def rms_norm(x_BNAK: jax.Array, scale_AK: jax.Array, eps: float = 1e-5) -> jax.Array:
+  """RMS norm over heads and channels together: x / (rms(x) + eps) * scale, in fp32.
+
+  ELIT's cross-attention norm: the root is taken over the full width, before the head
+  split, and eps is added outside the root.
+  """
+  x = x_BNAK.astype(jnp.float32)
+  rms = jnp.sqrt(jnp.square(x).mean((-2, -1), keepdims=True))
+  return x / (rms + eps) * scale_AK[None, None]
+
+
+def modulate(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> jax.Array:
+  """x (1 + scale) + shift (DiT, sec. 3.2)."""
+  return x_BND * (1 + scale_B1D) + shift_B1D
+
+
+class Modulation(nn.Module):
+  """`chunks` modulation vectors from the condition: Linear(SiLU(c)), zero at init.
+
+  Maps c (B, D) to a list of `chunks` arrays (B, 1, D), in the order of the papers:
+  shift, scale, gate for attention, then for the MLP.
+  """
+
+  chunks: int
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, c_BD: jax.Array) -> list[jax.Array]:
+    out_BCD = linear(
+      (self.chunks, self.width), name="linear", dtype=self.dtype, init=zeros
+    )(nn.silu(c_BD))
+    out_BCD = out_BCD.astype(jnp.float32)
+    return [out_BCD[:, i : i + 1] for i in range(self.chunks)]

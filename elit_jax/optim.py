@@ -1,0 +1,48 @@
+"""The optimiser: AdamW, warm-up, global-norm clipping, and the average of weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+  """AdamW as in DiT and ELIT.
+
+  clip: largest global norm of the gradient (inf: off). warmup: steps. ema: decay of
+  the average of weights, applied every step.
+  """
+
+  lr: float
+  beta1: float
+  beta2: float
+  eps: float
+  weight_decay: float
+  clip: float
+  warmup: int
+  ema: float
+
+
+def learning_rate(config: OptimConfig, count: Any) -> Any:
+  """Rate of the update with index `count`: linear from lr / warmup, then constant."""
+  warmup = max(config.warmup, 1)
+  ramp = 1 / warmup + (1 - 1 / warmup) / warmup * jnp.asarray(count, jnp.float32)
+  return config.lr * jnp.where(count < config.warmup, ramp, 1.0)
+
+
+def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+  """Clip, then AdamW (decoupled decay on every parameter), then the schedule."""
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip),
+    optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+    optax.add_decayed_weights(config.weight_decay),
+    optax.scale_by_learning_rate(lambda count: learning_rate(config, count)),
+  )
+
+
+def ema_update(ema: Any, params: Any, decay: float) -> Any:
+  """decay ema + (1 - decay) params, leaf by leaf, in fp32."""
+  return jax.tree.map(lambda e, p: e * decay + p * (1 - decay), ema, params)

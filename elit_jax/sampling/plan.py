@@ -1,0 +1,68 @@
+"""What a sampling run will do, as a static value: phases with budgets and guidance."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from elit_jax.budget import Budget
+from elit_jax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Guidance:
+  """weak + scale (strong - weak), at times in [low, high], both ends included.
+
+  The weak branch has the null label (CFG), a smaller budget (AutoGuidance with label
+  "same"), or both (cheap CFG). budget None means the strong branch's. t = 1 is noise.
+  """
+
+  scale: float
+  label: Literal["null", "same"] = "null"
+  budget: Budget | None = None
+  low: float = 0.0
+  high: float = 1.0
+
+  def __post_init__(self) -> None:
+    if not self.scale >= 1:
+      raise ConfigError(f"guidance scale {self.scale} is below 1; 1 means no guidance")
+    if self.label not in ("null", "same"):
+      raise ConfigError(f"weak label is 'null' or 'same', not {self.label!r}")
+    if not 0 <= self.low <= self.high <= 1:
+      raise ConfigError(
+        f"guidance interval [{self.low}, {self.high}] must satisfy 0 <= low <= high <= 1"
+      )
+    if self.label == "same" and self.budget is None and self.scale > 1:
+      raise ConfigError(
+        "guidance by the same label and budget guides with itself: "
+        "give the weak branch the null label or a smaller budget"
+      )
+
+
+@dataclass(frozen=True)
+class Phase:
+  """`steps` solver steps at one budget under one guidance."""
+
+  steps: int
+  budget: Budget
+  guidance: Guidance | None = None
+
+  def __post_init__(self) -> None:
+    if self.steps < 1:
+      raise ConfigError(f"a phase needs at least one step, not {self.steps}")
+
+  @property
+  def weak_budget(self) -> Budget:
+    """Budget of the weak branch."""
+    weak = self.guidance.budget if self.guidance else None
+    return self.budget if weak is None else weak
+
+
+Plan = tuple[Phase, ...]
+
+
+def guided_at(guidance: Guidance | None, t: np.ndarray) -> np.ndarray:
+  """Which evaluations are guided: scale > 1 and low <= t <= high, in float64."""
+  if guidance is None or guidance.scale == 1:
+    return np.zeros(t.shape, bool)
+  return (guidance.low <= t) & (t <= guidance.high)

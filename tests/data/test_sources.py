@@ -1,0 +1,95 @@
+"""Sources: the split of the digits is fixed, synthetic rows depend on their number."""
+
+import numpy as np
+import pytest
+
+from elit_jax.data import sources
+from elit_jax.errors import ConfigError
+
+
+def test_digits_split_is_a_partition_of_the_full_set():
+  train, held_out = sources.digits("train"), sources.digits("held_out")
+  full = sources.digits("all")
+  assert (len(train), len(held_out), len(full)) == (1500, 297, 1797)
+  rows = np.concatenate([train.indices, held_out.indices])
+  assert sorted(rows.tolist()) == list(range(1797))
+  for part in (train, held_out):
+    np.testing.assert_array_equal(part.images, full.images[part.indices])
+    np.testing.assert_array_equal(part.labels, full.labels[part.indices])
+
+
+def test_digits_split_is_stratified_and_shuffled():
+  train, full = sources.digits("train"), sources.digits("all")
+  exact = np.bincount(full.labels) * 1500 / 1797
+  assert np.abs(np.bincount(train.labels) - exact).max() < 1
+  # A split by order would hold out one stretch of writers.
+  held_out = sources.digits("held_out").indices
+  assert np.histogram(held_out, bins=6, range=(0, 1797))[0].min() > 25
+
+
+def test_digits_split_never_moves():
+  # A fingerprint: held-out scores of two versions are comparable only if this holds.
+  rows = sources.digits("held_out").indices
+  assert rows[:8].tolist() == [3, 17, 19, 24, 26, 37, 43, 49]
+  assert int(rows.astype(np.int64).sum()) == 267131
+
+
+def test_digits_examples_have_the_documented_form():
+  source = sources.digits("train")
+  example = source[7]
+  assert set(example) == {"image", "label", "index"}
+  assert example["image"].shape == (8, 8, 1) and example["image"].dtype == np.float32
+  assert example["label"].dtype == example["index"].dtype == np.int32
+  assert source.images.min() == -1 and source.images.max() == 1
+  # 17 grey levels, so the scaling loses nothing.
+  levels = (source.images + 1) * 8
+  np.testing.assert_array_equal(levels, np.round(levels))
+  with pytest.raises(ValueError, match="read-only"):
+    source.images[0] = 0
+  with pytest.raises(IndexError):
+    source[1500]
+
+
+def test_synthetic_depends_on_the_row_alone():
+  source = sources.synthetic(50, (4, 6, 3), 5)
+  backwards = [source[i] for i in reversed(range(50))][::-1]
+  for i, again in enumerate(backwards):
+    np.testing.assert_array_equal(source[i]["image"], again["image"])
+    assert source[i]["label"] == again["label"] and again["index"] == i
+  images = np.stack([e["image"] for e in backwards])
+  assert images.shape == (50, 4, 6, 3) and images.dtype == np.float32
+  assert len(np.unique(images[:, 0, 0, 0])) == 50
+  assert -1 <= images.min() < -0.9 and 0.9 < images.max() < 1
+  assert {int(e["label"]) for e in backwards} == set(range(5))
+  np.testing.assert_array_equal(source[-1]["image"], source[49]["image"])
+  with pytest.raises(IndexError, match="50"):
+    source[50]
+
+
+def test_synthetic_splits_do_not_overlap():
+  train, held_out, full = (
+    sources.synthetic(5, (2, 2, 1), 3, split) for split in sources.SPLITS
+  )
+  rows = [[int(s[i]["index"]) for i in range(len(s))] for s in (train, held_out, full)]
+  assert rows[0] + rows[1] == rows[2] == list(range(10))
+
+
+@pytest.mark.parametrize("name", sorted(sources.SOURCES))
+def test_every_source_of_the_table_keeps_the_contract(name):
+  source = sources.make_source(name, "held_out")
+  again = sources.make_source(name, "held_out")
+  assert repr(source) == repr(again) and "0x" not in repr(source)
+  example = source[len(source) - 1]
+  assert example["image"].dtype == np.float32 and example["image"].ndim == 3
+  assert example["label"].dtype == example["index"].dtype == np.int32
+
+
+def test_wrong_input_names_what_would_be_right():
+  with pytest.raises(ConfigError, match=r"'digit'.*digits, synthetic.*'digits'"):
+    sources.make_source("digit")
+  with pytest.raises(ConfigError, match=r"'test'.*train, held_out, all"):
+    sources.digits("test")
+  with pytest.raises(ConfigError, match="cuont"):
+    sources.make_source("synthetic", cuont=3)
+  with pytest.raises(ConfigError, match="classes=0"):
+    sources.synthetic(4, (2, 2, 1), 0)

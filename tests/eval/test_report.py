@@ -1,0 +1,184 @@
+"""Files of a report: layouts, captions, and what happens to bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from elit_jax.errors import ConfigError
+from elit_jax.eval import report
+
+
+def make_row(name: str, kind: str = "plain", cost: float = 1.0, **changes) -> dict:
+  row = {
+    "name": name,
+    "kind": kind,
+    "latents_per_group": 4,
+    "core_tokens": np.int64(16),
+    "parameters": 812_345,
+    "gflops_per_image": cost,
+    "gflops_per_forward": cost / 50,
+    "ms_per_image": 2 * cost,
+    "ms_per_image_runs": [1.9 * cost, 2 * cost, 2.2 * cost],
+    "validation_loss": 0.2 + 0.01 / cost,
+    "validation_loss_se": 0.003,
+    "recognised": 0.95,
+    "frechet_raw_pixels": np.float64(0.8),
+    "nearest_train_distance": 1.9,
+    "samples": 1000,
+    "protocol": {"solver": "euler", "steps": 50},
+  }
+  return row | changes
+
+
+@pytest.fixture
+def rows():
+  return [
+    make_row("k4", cost=1.0),
+    make_row("k1", cost=0.4, latents_per_group=1),
+    make_row("cfg 2.0", "guided", cost=2.0, validation_loss_se=None),
+  ]
+
+
+def images(rows: int, *shape: int) -> np.ndarray:
+  return np.random.default_rng(0).uniform(-1, 1, size=(rows, *shape))
+
+
+def test_uint8_end_points_and_truncation():
+  x = [-1, -1.5, 0, 1, 1.5, 1 - 2 / 255]
+  np.testing.assert_array_equal(report.to_uint8(x), [0, 0, 128, 255, 255, 254])
+  assert report.to_uint8(x).dtype == np.uint8
+
+
+def test_every_level_survives_the_conversion():
+  levels = np.arange(256)
+  np.testing.assert_array_equal(report.to_uint8(levels / 127.5 - 1), levels)
+
+
+def test_samples_have_the_layout_of_the_adm_suite(tmp_path):
+  path = tmp_path / "new" / f"samples_{report.file_stem('cfg 2.0')}.npz"
+  report.save_samples(path, images(5, 8, 8, 1), [3, 1, 4, 1, 5])
+  assert path.name == "samples_cfg_2.0.npz"
+  assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written
+  with np.load(path) as stored:
+    assert stored.files == ["arr_0", "arr_1"]
+    assert stored["arr_0"].shape == (5, 8, 8, 1)
+    assert stored["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(stored["arr_1"], [3, 1, 4, 1, 5])
+    np.testing.assert_array_equal(stored["arr_0"], report.to_uint8(images(5, 8, 8, 1)))
+
+
+def test_bad_samples_are_refused(tmp_path):
+  with pytest.raises(ConfigError, match=r"\(4,\)"):
+    report.save_samples(tmp_path / "s.npz", images(5, 8, 8, 1), [0] * 4)
+  with pytest.raises(ConfigError, match="64 of 64 pixel values"):
+    report.save_samples(tmp_path / "s.npz", np.full((1, 8, 8, 1), np.nan), [0])
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_shows_every_image(tmp_path, channels):
+  x = np.full((4, 8, 8, channels), -1.0)
+  x[..., 0] = np.array([-1, -0.5, 0.5, 1])[:, None, None]
+  path = tmp_path / "grid.png"
+  report.grid_png(path, [("k4\n4 latents", x), ("k1", -x)], labels=[0, 1, 2, 3])
+  with Image.open(path) as picture:
+    colours = {c for _, c in picture.convert("RGB").getcolors(1 << 20)}
+    assert picture.width > picture.height > 100
+  for tile in (*report.to_uint8(x[:, 0, 0]), *report.to_uint8(-x[:, 0, 0])):
+    assert tuple(np.broadcast_to(tile, 3)) in colours
+
+
+def test_bad_grids_are_refused(tmp_path):
+  with pytest.raises(ConfigError, match="3 columns"):
+    report.grid_png(tmp_path / "g.png", [("k4", images(4, 8, 8, 1))], [0, 1, 2])
+  with pytest.raises(ConfigError, match=r"\(2, 8, 8, 4\)"):
+    report.grid_png(tmp_path / "g.png", [("k4", images(2, 8, 8, 4))], [0, 1])
+  with pytest.raises(ConfigError, match=r"\(3, 8, 8, 1\)"):
+    uneven = [("k4", images(2, 8, 8, 1)), ("k1", images(3, 8, 8, 1))]
+    report.grid_png(tmp_path / "g.png", uneven, [0, 1])
+
+
+def test_captions_say_latents_gflops_and_ms():
+  assert report.row_caption(make_row("k4", cost=1.23456)) == (
+    "k4\n4 latents a group\n1.23 GFLOPs, 2.47 ms an image"
+  )
+  assert "1 latent a group" in report.row_caption(make_row("k1", latents_per_group=1))
+
+
+@pytest.mark.parametrize("reference", [None, {"recognised_ceiling": 0.99}])
+def test_tradeoff_is_drawn(tmp_path, rows, reference):
+  report.tradeoff_png(tmp_path / "a.png", rows, reference)
+  report.tradeoff_png(tmp_path / "b.png", rows[:2], reference)
+  with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
+    assert min(a.size) > 600
+    assert a.tobytes() != b.tobytes()  # the guided row shows
+
+
+def test_tradeoff_without_plain_rows_is_refused(tmp_path, rows):
+  with pytest.raises(ConfigError, match="plain"):
+    report.tradeoff_png(tmp_path / "t.png", rows[2:])
+
+
+def test_table_is_aligned_and_has_every_row(rows):
+  table = report.report_table(rows)
+  head = table.split("\n\n")[0].splitlines()
+  assert [line.split("  ")[0] for line in head[3:]] == ["k4", "k1", "cfg 2.0"]
+  assert len({len(line) for line in head}) == 1
+  assert "0.2100 +- 0.0030" in head[3]
+  assert "812,345" in head[3] and "95.0 %" in head[3]
+  assert "(0.2050)" in head[5]  # the strong budget's, not a loss of guidance
+
+
+def test_table_prints_ceiling_floor_and_paired_tests(rows):
+  reference = {
+    "recognised_ceiling": 0.9899,
+    "frechet_raw_pixels_floor": 0.465,
+    "frechet_raw_pixels_floor_n": [1500, 297],
+    "frechet_raw_pixels_reference_n": 1797,
+    "nearest_train_distance_held_out": 2.073,
+    "paired": [
+      {
+        "smaller": "k1",
+        "larger": "k4",
+        "difference": 0.015,
+        "standard_error": 0.003,
+        "standard_errors": 5.0,
+      }
+    ],
+  }
+  table = report.report_table(rows, reference)
+  for text in ("99.0 %", "0.465", "1,500", "297", "1,797", "2.073", "+5.0 paired"):
+    assert text in table
+
+
+def test_report_is_valid_json_in_order(tmp_path, rows):
+  rows[0] = dict(reversed(rows[0].items())) | {"frechet_raw_pixels": np.nan}
+  rows[1]["note"] = np.arange(2)
+  path = report.write_report(
+    tmp_path, {"title": "digits", "rows": rows, "reference": {"n": np.int64(3)}}
+  )
+  assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+  def refuse(constant):
+    raise AssertionError(f"{constant} is not JSON")
+
+  stored = json.loads(path.read_text(), parse_constant=refuse)
+  assert list(stored) == ["title", "rows", "reference"]
+  assert list(stored["rows"][0]) == list(report.ROW_KEYS)
+  assert stored["rows"][0]["frechet_raw_pixels"] is None
+  assert stored["rows"][1]["note"] == [0, 1]
+  assert stored["rows"][2]["protocol"] == {"solver": "euler", "steps": 50}
+  assert stored["reference"] == {"n": 3}
+
+
+def test_incomplete_rows_are_refused_and_leave_the_old_report(tmp_path, rows):
+  path = report.write_report(tmp_path, {"rows": rows})
+  before = path.read_text()
+  del rows[1]["protocol"]
+  with pytest.raises(ConfigError, match=r"'k1' .* \['protocol'\]"):
+    report.write_report(tmp_path, {"rows": rows})
+  with pytest.raises(TypeError):
+    report.write_report(tmp_path, {"rows": [], "bad": object()})
+  assert path.read_text() == before
