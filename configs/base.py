@@ -1,7 +1,7 @@
 """Every knob once, with its unit and source; experiments start from here.
 
 Trains SiT-tiny on synthetic images: a check that everything runs, not an experiment.
-  python main.py --config=configs/base.py --workdir=/tmp/base --mode=train
+  python main.py --config=configs/base.py --workdir=runs/base --mode=train
 """
 
 from ml_collections import ConfigDict

@@ -14,7 +14,10 @@ from elit_jax.models.elastic import SPLITS
 
 def get_config(arg: str = "XL/2") -> ConfigDict:
   """The released multi-budget recipe (spec: AdamW 1e-4, batch 256, EMA 0.9999)."""
-  size, split, pixels = (*arg.split(","), *("", "released", "256")[arg.count(",") + 1 :])
+  size, split, pixels = (
+    *arg.split(","),
+    *("", "released", "256")[arg.count(",") + 1 :],
+  )
   backbone = size.split("/")[0]
   if split not in (*SPLITS, "plain") or pixels not in ("256", "512"):
     raise ConfigError(
@@ -40,7 +43,7 @@ def get_config(arg: str = "XL/2") -> ConfigDict:
   if backbone not in SPLITS[split]:
     raise ConfigError(f"no {split} split for size {backbone!r}: {list(SPLITS[split])}")
   head, tail = SPLITS[split][backbone]
-  window = side // (2 * 4) if pixels == "256" else side // 8
+  window = 4 if pixels == "256" else 8  # so that there are 16 groups at patch 2
   config.elit = ConfigDict(
     {
       "window": (window, window),

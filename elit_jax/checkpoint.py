@@ -257,13 +257,20 @@ def _attempt(
   except (ConfigError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
     raise  # these say nothing about the files
   except Exception as error:  # noqa: BLE001  # Orbax raises bare Exceptions, too
-    first_line = (str(error).splitlines() or [""])[0]
-    reason = f"{type(error).__name__}: {first_line[:300]}"
+    reason = _reason(error)
   if jax.process_count() > 1:
     flags = multihost_utils.process_allgather(np.int32(reason is not None))
     if reason is None and np.any(flags):
       reason = f"process {int(np.argmax(flags))} cannot read it"
   return value, reason
+
+
+def _reason(error: BaseException) -> str:
+  """One line on what began it; Orbax wraps the file's own trouble in pages."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  first_line = (str(error).splitlines() or [""])[0]
+  return f"{type(error).__name__}: {first_line[:300]}"
 
 
 def _snapshot(name: str, value: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,17 @@ class JsonlWriter:
     _trim(self.path, resume_step)
     self._file = self.path.open("a", encoding="utf-8")
 
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self.close()
+
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Adds one row; values are numbers (Python, numpy or jax scalars) or strings."""
     row = {"step": int(step)} | {key: _plain(value) for key, value in values.items()}

@@ -38,7 +38,9 @@ NEVER: dict[str, frozenset[str]] = {
   "data": ENTRY_POINTS,
   "ports": ENTRY_POINTS,
   "surgery": ENTRY_POINTS,
-  "trees": ENTRY_POINTS,
+  # The edge: they turn configs into models.
+  "config": ENTRY_POINTS,
+  "describe": ENTRY_POINTS,
 }
 # Whoever has no row above. A new module that must see the models gets a row.
 NEVER_BY_DEFAULT = ENTRY_POINTS | {"models"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import struct
 
 import jax.numpy as jnp
@@ -43,20 +44,21 @@ def summaries(folder, kind):
 
 
 def test_rows_are_json_with_python_values(tmp_path):
-  writer = logs.JsonlWriter(tmp_path / "deep" / "m.jsonl")
-  writer.write(1, {"loss": 0.5, "n": np.int64(3), "jax": jnp.float32(0.25), "ok": True})
-  writer.write(2, {"budget": "p4+0.25", "bf": jnp.bfloat16(1.5)})
-  writer.close()
-  first, second = (tmp_path / "deep" / "m.jsonl").read_text().splitlines()
+  path = tmp_path / "deep" / "m.jsonl"
+  row = {"loss": 0.5, "n": np.int64(3), "jax": jnp.float32(0.25), "ok": True}
+  with logs.JsonlWriter(path) as writer:
+    writer.write(1, row)
+    writer.write(2, {"budget": "p4+0.25", "bf": jnp.bfloat16(1.5)})
+  first, second = path.read_text().splitlines()
   assert strict(first) == {"step": 1, "loss": 0.5, "n": 3, "jax": 0.25, "ok": True}
   assert strict(second) == {"step": 2, "budget": "p4+0.25", "bf": 1.5}
 
 
 def test_non_finite_values_are_valid_json_and_come_back(tmp_path):
   path = tmp_path / "m.jsonl"
-  writer = logs.JsonlWriter(path)
   values = {"a": float("nan"), "b": np.float32("inf"), "c": jnp.float32(-jnp.inf)}
-  writer.write(1, values)
+  with logs.JsonlWriter(path) as writer:
+    writer.write(1, values)
   assert strict(path.read_text()) == {"step": 1, "a": "nan", "b": "inf", "c": "-inf"}
   (row,) = logs.read_rows(path)
   assert np.isnan(row["a"]) and row["b"] == np.inf and row["c"] == -np.inf
@@ -64,24 +66,23 @@ def test_non_finite_values_are_valid_json_and_come_back(tmp_path):
 
 def test_a_row_is_on_disk_when_write_returns(tmp_path):
   path = tmp_path / "m.jsonl"
-  writer = logs.JsonlWriter(path)
-  for step in range(3):
-    writer.write(step, {"loss": step})
-    assert [row["step"] for row in logs.read_rows(path)] == list(range(step + 1))
+  with logs.JsonlWriter(path) as writer:
+    for step in range(3):
+      writer.write(step, {"loss": step})
+      assert [row["step"] for row in logs.read_rows(path)] == list(range(step + 1))
 
 
 def test_resuming_takes_back_later_rows_and_torn_lines(tmp_path):
   path = tmp_path / "m.jsonl"
-  writer = logs.JsonlWriter(path)
-  for step in range(10, 60, 10):
-    writer.write(step, {"loss": step / 10, "note": "line\u2028break"})
-  writer.close()
+  with logs.JsonlWriter(path) as writer:
+    for step in range(10, 60, 10):
+      writer.write(step, {"loss": step / 10, "note": "line\u2028break"})
   whole = path.read_bytes()
   path.write_bytes(whole[:-7])
   assert [row["step"] for row in logs.read_rows(path)] == [10, 20, 30, 40]
-  resumed = logs.JsonlWriter(path, resume_step=30)
-  assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
-  resumed.write(40, {"loss": 0.0})
+  with logs.JsonlWriter(path, resume_step=30) as resumed:
+    assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+    resumed.write(40, {"loss": 0.0})
   assert [(row["step"], row["loss"]) for row in logs.read_rows(path)] == [
     (10, 1.0),
     (20, 2.0),
@@ -98,10 +99,10 @@ def test_a_line_torn_anywhere_does_no_harm(tmp_path, cut):
   raw = "".join(lines).encode()
   path.write_bytes(raw[: len(raw) - cut])
   complete = 2 if cut == 1 else 1 if cut <= len(lines[1].encode()) + 1 else 0
-  writer = logs.JsonlWriter(path)
-  writer.write(9, {"loss": 9})
+  with logs.JsonlWriter(path) as writer:
+    writer.write(9, {"loss": 9})
   steps = [strict(line)["step"] for line in path.read_text("utf-8").splitlines()]
-  assert steps == [1, 2][:complete] + [9]
+  assert steps == [*range(1, complete + 1), 9]
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -110,7 +111,7 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
   before = path.read_bytes()
 
   def killed(source, target):
-    assert open(source, "rb").read() == b'{"step": 1}\n'
+    assert pathlib.Path(source).read_bytes() == b'{"step": 1}\n'
     raise KeyboardInterrupt
 
   monkeypatch.setattr(os, "replace", killed)

@@ -7,13 +7,11 @@ has no loss of its own: its `validation_loss` is that of its strong budget, its 
 None.
 """
 
-import contextlib
 import json
 import math
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter, StrMethodFormatter
 
 from elit_jax.errors import ConfigError
+from elit_jax.files import atomic, to_uint8
 
 ROW_KEYS = (
   "name",
@@ -54,42 +53,10 @@ _GUIDED_STYLES = (
 )
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-  """Float images in [-1, 1] as uint8 of any shape: `clip(127.5 x + 128, 0, 255)`,
-  truncated, the conversion of the DiT and SiT sampling scripts.
-
-  So -1 is 0, 0 is 128, 1 is 255. ConfigError for values that are not finite.
-  """
-  images = np.asarray(images, np.float64)
-  bad = int(np.count_nonzero(~np.isfinite(images)))
-  if bad:
-    raise ConfigError(f"{bad} of {images.size} pixel values are not finite")
-  return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
-
-
 def file_stem(name: str) -> str:
   """A row's name as part of a file name: anything but letters, digits, `.`, `+` and
   `-` becomes `_`, so that "cfg 2.0" is stored in `samples_cfg_2.0.npz`."""
   return re.sub(r"[^A-Za-z0-9.+-]+", "_", name).strip("_")
-
-
-def save_samples(
-  path: str | os.PathLike, images: np.ndarray, labels: np.ndarray
-) -> None:
-  """Write images `(N, H, W, C)` in [-1, 1] and labels `(N,)` as an npz in the layout of
-  the ADM evaluation suite: `arr_0` uint8 NHWC (see `to_uint8`), `arr_1` int64 labels.
-
-  ConfigError if the shapes disagree or a value is not finite.
-  """
-  images, labels = np.asarray(images), np.asarray(labels)
-  if images.ndim != 4 or labels.shape != images.shape[:1]:
-    raise ConfigError(
-      "samples are images (N, H, W, C) with labels (N,), got "
-      f"{images.shape} and {labels.shape}"
-    )
-  pixels = to_uint8(images)
-  with _atomic(path) as partial:
-    np.savez(partial, arr_0=pixels, arr_1=labels.astype(np.int64))
 
 
 def row_caption(row: Mapping) -> str:
@@ -291,7 +258,7 @@ def write_report(directory: str | os.PathLike, report: Mapping) -> Path:
     rows.append({key: row[key] for key in ROW_KEYS} | dict(row))
   path = Path(directory) / "report.json"
   text = json.dumps(_plain({**report, "rows": rows}), indent=2, allow_nan=False)
-  with _atomic(path) as partial:
+  with atomic(path) as partial:
     partial.write_text(text + "\n", encoding="utf-8")
   return path
 
@@ -450,16 +417,5 @@ def _figure(size: tuple[float, float], layout: LayoutEngine | None = None) -> Fi
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:
-  with _atomic(path) as partial:
+  with atomic(path) as partial:
     figure.savefig(partial, format="png")
-
-
-@contextlib.contextmanager
-def _atomic(path: str | os.PathLike) -> Iterator[Path]:
-  """A path beside `path`, with its suffix, that replaces it when the block succeeds."""
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-    partial = Path(folder) / path.name
-    yield partial
-    os.replace(partial, path)

@@ -66,9 +66,7 @@ def corrupt(
   return x_t, velocity
 
 
-def score_coefficients(
-  path: Process, t_S: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def score_coefficients(path: Process, t_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """(a, b) in float64 with score = a velocity + b x (SiT, eq. 9)."""
   t = np.asarray(t_S, np.float64)
   ratio = path.alpha(np, t) / path.d_alpha(np, t)

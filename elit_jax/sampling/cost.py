@@ -15,9 +15,7 @@ class PlanCost(NamedTuple):
   flops: int
 
 
-def plan_cost(
-  plan: Plan, stepper: Stepper, flops: Callable[[Budget], int]
-) -> PlanCost:
+def plan_cost(plan: Plan, stepper: Stepper, flops: Callable[[Budget], int]) -> PlanCost:
   """Price of one sample; `flops(budget)` is that of one forward pass of one sample."""
   steps = sum(phase.steps for phase in plan)
   evaluated, runs = stepper.evaluated(stepper.times(steps)), stepper.runs(steps)

@@ -37,9 +37,7 @@ class Stepper(NamedTuple):
   evaluated: Callable[[np.ndarray], np.ndarray]
   runs: Callable[[int], np.ndarray]
   coefficients: Callable[[Process, np.ndarray], dict[str, np.ndarray]]
-  step: Callable[
-    [Predict, Cache, jax.Array, Now, jax.Array], tuple[Cache, jax.Array]
-  ]
+  step: Callable[[Predict, Cache, jax.Array, Now, jax.Array], tuple[Cache, jax.Array]]
 
 
 def _evaluation(now: Now, index: int) -> At:
@@ -106,7 +104,9 @@ STEPPERS = {
   "heun": Stepper(
     times=_uniform,
     evaluated=lambda times: np.stack([times[:-1], times[1:]], 1),
-    runs=lambda steps: np.stack([np.ones(steps, bool), np.arange(steps) < steps - 1], 1),
+    runs=lambda steps: np.stack(
+      [np.ones(steps, bool), np.arange(steps) < steps - 1], 1
+    ),
     coefficients=lambda process, times: {
       "dt": np.diff(times),
       "correct": np.arange(len(times) - 1) < len(times) - 2,

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from elit_jax.errors import ConfigError
+from elit_jax import files
 from elit_jax.eval import report
 
 
@@ -47,18 +48,18 @@ def images(rows: int, *shape: int) -> np.ndarray:
 
 def test_uint8_end_points_and_truncation():
   x = [-1, -1.5, 0, 1, 1.5, 1 - 2 / 255]
-  np.testing.assert_array_equal(report.to_uint8(x), [0, 0, 128, 255, 255, 254])
-  assert report.to_uint8(x).dtype == np.uint8
+  np.testing.assert_array_equal(files.to_uint8(x), [0, 0, 128, 255, 255, 254])
+  assert files.to_uint8(x).dtype == np.uint8
 
 
 def test_every_level_survives_the_conversion():
   levels = np.arange(256)
-  np.testing.assert_array_equal(report.to_uint8(levels / 127.5 - 1), levels)
+  np.testing.assert_array_equal(files.to_uint8(levels / 127.5 - 1), levels)
 
 
 def test_samples_have_the_layout_of_the_adm_suite(tmp_path):
   path = tmp_path / "new" / f"samples_{report.file_stem('cfg 2.0')}.npz"
-  report.save_samples(path, images(5, 8, 8, 1), [3, 1, 4, 1, 5])
+  files.save_samples(path, images(5, 8, 8, 1), [3, 1, 4, 1, 5])
   assert path.name == "samples_cfg_2.0.npz"
   assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written
   with np.load(path) as stored:
@@ -66,14 +67,14 @@ def test_samples_have_the_layout_of_the_adm_suite(tmp_path):
     assert stored["arr_0"].shape == (5, 8, 8, 1)
     assert stored["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(stored["arr_1"], [3, 1, 4, 1, 5])
-    np.testing.assert_array_equal(stored["arr_0"], report.to_uint8(images(5, 8, 8, 1)))
+    np.testing.assert_array_equal(stored["arr_0"], files.to_uint8(images(5, 8, 8, 1)))
 
 
 def test_bad_samples_are_refused(tmp_path):
   with pytest.raises(ConfigError, match=r"\(4,\)"):
-    report.save_samples(tmp_path / "s.npz", images(5, 8, 8, 1), [0] * 4)
+    files.save_samples(tmp_path / "s.npz", images(5, 8, 8, 1), [0] * 4)
   with pytest.raises(ConfigError, match="64 of 64 pixel values"):
-    report.save_samples(tmp_path / "s.npz", np.full((1, 8, 8, 1), np.nan), [0])
+    files.save_samples(tmp_path / "s.npz", np.full((1, 8, 8, 1), np.nan), [0])
   assert not list(tmp_path.iterdir())
 
 
@@ -86,7 +87,7 @@ def test_grid_shows_every_image(tmp_path, channels):
   with Image.open(path) as picture:
     colours = {c for _, c in picture.convert("RGB").getcolors(1 << 20)}
     assert picture.width > picture.height > 100
-  for tile in (*report.to_uint8(x[:, 0, 0]), *report.to_uint8(-x[:, 0, 0])):
+  for tile in (*files.to_uint8(x[:, 0, 0]), *files.to_uint8(-x[:, 0, 0])):
     assert tuple(np.broadcast_to(tile, 3)) in colours
 
 

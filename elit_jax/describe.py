@@ -1,0 +1,109 @@
+"""`--mode=describe`: a model stage by stage, with its price at every budget."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from elit_jax import config as config_lib
+from elit_jax.config import Config
+from elit_jax.errors import ConfigError
+from elit_jax.models import denoiser, spec
+
+# Parts of the parameters that are not stages of the trunk.
+EMBED = ("patch", "time", "label")
+
+
+def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
+  """Stages with tokens, parameters and FLOPs (one forward pass of one sample) by budget.
+
+  `budgets` replaces those of the config. Needs no data, and allocates no weights.
+  """
+  model = config_lib.build_model(config)
+  shape = config.data.shape
+  texts = list(budgets or config.budgets)
+  parsed = [spec.budget_for(model, shape, text) for text in texts]
+  if len(set(parsed)) < len(parsed):
+    raise ConfigError(f"budgets {', '.join(texts)} name a budget twice")
+  columns = {str(budget): spec.costs(model, shape, budget) for budget in parsed}
+  counts = denoiser.parameter_counts(model, shape)
+  fixed = counts.pop("position_table")
+  embed = sum(counts[name] for name in EMBED)
+  stages = []
+  for i, cost in enumerate(next(iter(columns.values()))):
+    stages.append(
+      {
+        "stage": cost.name,
+        "spec": _spec(model, i),
+        "parameters": embed if cost.name == "embed" else counts[cost.name],
+        "tokens": {name: rows[i].tokens for name, rows in columns.items()},
+        "flops": {name: rows[i].flops for name, rows in columns.items()},
+      }
+    )
+  return {
+    "model": config.model.preset,
+    "width": model.width,
+    "heads": model.heads,
+    "sample_shape": list(shape),
+    "token_grid": list(spec.grid_of(model, shape)),
+    "parameters": sum(counts.values()),
+    "parameters_with_fixed_position_table": sum(counts.values()) + fixed,
+    "latents_per_group": {
+      name: budget.latents for name, budget in zip(columns, parsed, strict=True)
+    },
+    "core_tokens": {
+      name: spec.core_tokens(model, shape, budget)
+      for name, budget in zip(columns, parsed, strict=True)
+    },
+    "flops": {name: sum(row.flops for row in rows) for name, rows in columns.items()},
+    "stages": stages,
+  }
+
+
+def _spec(model: spec.Model, row: int) -> str:
+  """The stage as written in code; the rows around the trunk are spelled out."""
+  if row == 0:
+    return f"patch {model.patch}, time, {model.classes} classes"
+  if row > len(model.trunk):
+    return f"{model.out_channels} channels"
+  return str(model.trunk[row - 1])
+
+
+def table(description: dict[str, Any]) -> str:
+  """The description as text for a terminal."""
+  budgets = list(description["flops"])
+  shown = budgets if len(budgets) <= 6 else _spread(budgets, 6)
+  head = ["stage", "parameters", *(f"tokens {b}" for b in shown)]
+  head += [f"GFLOPs {b}" for b in shown]
+  rows = [head]
+  for stage in description["stages"]:
+    tokens = [f"{stage['tokens'][b]:,}" for b in shown]
+    flops = [f"{stage['flops'][b] / 1e9:.3f}" for b in shown]
+    rows.append([stage["stage"], f"{stage['parameters']:,}", *tokens, *flops])
+  total = [f"{description['flops'][b] / 1e9:.3f}" for b in shown]
+  rows.append(["total", f"{description['parameters']:,}", *[""] * len(shown), *total])
+  widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+  lines = [
+    "  ".join(
+      cell.ljust(width) if i == 0 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    for row in rows
+  ]
+  rule = "-" * len(lines[0])
+  title = (
+    f"{description['model']}: width {description['width']}, {description['heads']} "
+    f"heads, samples {tuple(description['sample_shape'])}, token grid "
+    f"{tuple(description['token_grid'])}\n"
+    f"{description['parameters']:,} parameters "
+    f"({description['parameters_with_fixed_position_table']:,} with the fixed position "
+    "table). GFLOPs: one forward pass of one sample, 2 a multiply-add."
+  )
+  if len(shown) < len(budgets):
+    title += f"\n{len(budgets)} budgets, {len(shown)} shown; --json has all."
+  specs = [f"  {s['stage']}: {s['spec']}" for s in description["stages"]]
+  return "\n".join([title, *specs, rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _spread(items: list[str], count: int) -> list[str]:
+  """`count` items spread evenly, both ends included."""
+  last = len(items) - 1
+  return [items[round(i * last / (count - 1))] for i in range(count)]

@@ -1,0 +1,345 @@
+"""`--mode=eval`: what each budget costs and gives, as a report in <workdir>/report."""
+
+import concurrent.futures
+import functools
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from elit_jax import config as config_lib
+from elit_jax import files, preemption, sample
+from elit_jax.budget import Budget
+from elit_jax.config import Config
+from elit_jax.data.sources import make_source
+from elit_jax.eval import digits, report
+from elit_jax.eval.metrics import clustered_mean, paired_tests
+from elit_jax.flow.matching import FlowMatching, velocity_loss
+from elit_jax.flow.process import process
+from elit_jax.flow.times import time_sampler
+from elit_jax.logs import Progress
+from elit_jax.models import denoiser, spec
+from elit_jax.sampling.cost import plan_cost
+from elit_jax.sampling.plan import Guidance, Phase, Plan
+from elit_jax.sampling.steppers import stepper
+
+# Who can judge samples of a data source, by its name.
+JUDGES: dict[str, Callable[[], "Judged"]] = {}
+
+
+@dataclass(frozen=True)
+class Judged:
+  """quality(samples, labels) of a row; and what real data score, to read it by."""
+
+  quality: Callable[[np.ndarray, np.ndarray], dict[str, float]]
+  reference: dict[str, Any]
+
+
+def _judge_digits() -> Judged:
+  train, held_out, everything = (
+    make_source("digits", split) for split in ("train", "held_out", "all")
+  )
+  judge = digits.digit_judge(train.images, train.labels)
+  quality = functools.partial(digits.quality, judge)
+  return Judged(
+    lambda samples, labels: quality(samples, labels, everything.images),
+    digits.reference_quality(judge, train.images, held_out.images, held_out.labels),
+  )
+
+
+JUDGES["digits"] = _judge_digits
+
+
+@dataclass(frozen=True)
+class Row:
+  """One way of sampling that the report compares."""
+
+  name: str
+  plan: Plan
+  count: int
+
+  @property
+  def phase(self) -> Phase:
+    """The plan's only phase."""
+    return self.plan[0]
+
+
+def rows_of(config: Config, model: spec.Model) -> list[Row]:
+  """Plain sampling at every budget, largest first; then guidance at the largest.
+
+  The guided rows are CFG, and with more than one budget cheap CFG and AutoGuidance,
+  both with the smallest as the weak one.
+  """
+  price = functools.partial(spec.flops, model, config.data.shape)
+  budgets = sorted(config_lib.budgets(config, model), key=price, reverse=True)
+  full, small = budgets[0], budgets[-1]
+  e, steps = config.eval, config.sample.steps
+  counts = [e.full_count, *[e.count] * (len(budgets) - 1)]
+  rows = [
+    Row(str(budget), (Phase(steps, budget),), count)
+    for budget, count in zip(budgets, counts, strict=True)
+  ]
+  if e.guidance_scale == 1:
+    return rows
+  guidances = {"CFG": Guidance(e.guidance_scale)}
+  if small != full:
+    guidances["CCFG"] = Guidance(e.guidance_scale, "null", small)
+    guidances["AutoG"] = Guidance(e.guidance_scale, "same", small)
+  if config.flow.label_dropout == 0:
+    guidances = {n: g for n, g in guidances.items() if g.label == "same"}
+  return rows + [
+    Row(f"{name} {e.guidance_scale:g}", (Phase(steps, full, guidance),), e.count)
+    for name, guidance in guidances.items()
+  ]
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+  """`--mode=eval`: samples, losses, prices and pictures of the newest checkpoint."""
+  model = config_lib.build_model(config)
+  step, params = sample.load_ema(workdir, config)
+  folder = files.make_folder(workdir / "report")
+  files.write_json(folder / "config.json", config_lib.to_json(config))
+  logging.info("phase eval | averaged parameters of step %d", step)
+  seconds = {}
+  start = time.monotonic()
+  rows = rows_of(config, model)
+  draws, losses = compile_all(config, model, rows)
+  seconds["compile_eval"] = time.monotonic() - start
+
+  start = time.monotonic()
+  loss_IR = validation_losses(config, losses, params)
+  seconds["validate"] = time.monotonic() - start
+
+  start = time.monotonic()
+  judged = JUDGES[config.data.source]() if config.data.source in JUDGES else None
+  table, shown = [], []
+  for row, draw in zip(rows, draws, strict=True):
+    if preemption.requested():
+      logging.info("termination signal: leaving, run again for the report")
+      return
+    images, labels, ms = draw_row(config, row, draw, params)
+    files.save_samples(
+      folder / f"samples_{report.file_stem(row.name)}.npz", images, labels
+    )
+    quality = judged.quality(images, labels) if judged else {}
+    figures = figures_of(config, model, row, step) | {
+      "ms_per_image": statistics.median(ms),
+      "ms_per_image_runs": ms,
+      "recognised": quality.get("recognised"),
+      "frechet_raw_pixels": quality.get("frechet_raw_pixels"),
+      "nearest_train_distance": quality.get("nearest_train_distance"),
+    }
+    figures |= loss_figures(row, loss_IR)
+    table.append(figures)
+    shown.append((report.row_caption(figures), images[: 2 * config.model.classes]))
+  seconds["sample"] = time.monotonic() - start
+  reference = (judged.reference if judged else {}) | {
+    "paired": paired_tests({str(b): x for b, x in loss_IR.items()})
+    if len(loss_IR) > 1
+    else []
+  }
+  write(config, workdir, step, table, shown, reference, seconds)
+
+
+def compile_all(
+  config: Config, model: spec.Model, rows: Sequence[Row]
+) -> tuple[list[Callable], dict[Budget, Callable]]:
+  """The samplers of all rows and the losses of all budgets, compiled side by side."""
+  budgets = [row.phase.budget for row in rows if row.phase.guidance is None]
+  progress = Progress("compile", len(rows) + len(budgets))
+
+  def sampler(row: Row) -> Callable:
+    fn = sample.sample_fn(
+      model, row.plan, config.sample.solver, config.flow.path, config.data.shape
+    )
+    return sample.compile_sampler(fn, model, config.sample.batch_size)
+
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    samplers = [pool.submit(sampler, row) for row in rows]
+    losses = [pool.submit(compile_loss, config, model, budget) for budget in budgets]
+    running = concurrent.futures.as_completed([*samplers, *losses])
+    for done, future in enumerate(running, 1):
+      future.result()
+      progress.update(done)
+  return (
+    [future.result() for future in samplers],
+    {b: future.result() for b, future in zip(budgets, losses, strict=True)},
+  )
+
+
+def compile_loss(config: Config, model: spec.Model, budget: Budget) -> Callable:
+  """(params, images, labels, draws (R,)) to the loss of every image and draw (I, R).
+
+  Noise and time are keyed by (eval.seed, draw, image): the same at every budget.
+  """
+  flow = FlowMatching(
+    process(config.flow.path), time_sampler(config.flow.time), 0.0, lambda label: label
+  )
+
+  def loss(params: Any, images: Any, labels: Any, draws_R: Any) -> jax.Array:
+    def network(x: jax.Array, t_B: jax.Array, label_B: jax.Array) -> denoiser.Output:
+      return denoiser.apply(model, params, x, t_B, label_B, budget)
+
+    def one(draw: jax.Array) -> jax.Array:
+      key = jax.random.fold_in(jax.random.key(config.eval.seed), draw)
+      position = jnp.arange(len(images), dtype=jnp.int32)
+      batch = {"image": images, "label": labels, "position": position}
+      t_B, noise, label_B = flow.draw(key, batch)
+      return velocity_loss(network, flow.path, images, noise, t_B, label_B)[0]
+
+    return jax.lax.map(one, draws_R).T
+
+  held_out = make_source(config.data.source, "held_out", **config.data.options)
+  count = len(held_out)
+  return (
+    jax.jit(loss)
+    .lower(
+      denoiser.abstract_params(model),
+      jax.ShapeDtypeStruct((count, *config.data.shape), np.float32),
+      jax.ShapeDtypeStruct((count,), np.int32),
+      jax.ShapeDtypeStruct((config.eval.draws,), np.int32),
+    )
+    .compile()
+  )
+
+
+def validation_losses(
+  config: Config, losses: dict[Budget, Callable], params: Any
+) -> dict[Budget, np.ndarray]:
+  """Loss of every held-out image and draw (I, R) by budget."""
+  held_out = make_source(config.data.source, "held_out", **config.data.options)
+  examples = [held_out[i] for i in range(len(held_out))]
+  images = np.stack([example["image"] for example in examples])
+  labels = np.array([example["label"] for example in examples], np.int32)
+  draws = np.arange(config.eval.draws, dtype=np.int32)
+  params = jax.device_put(params, jax.devices()[0])
+  progress = Progress("validate", len(losses), len(images) * len(draws))
+  out = {}
+  for done, (budget, loss) in enumerate(losses.items(), 1):
+    out[budget] = np.asarray(loss(params, images, labels, draws), np.float64)
+    progress.update(done, {f"loss/{budget}": out[budget].mean()})
+  return out
+
+
+def draw_row(
+  config: Config, row: Row, draw: Callable, params: Any
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+  """Samples of a row, balanced labels, and ms an image of every full batch but one.
+
+  The first batch is the warm-up; at least three more are timed, and drawn again where
+  the row has too few.
+  """
+  size = min(config.sample.batch_size, row.count)
+  labels = sample.balanced_labels(row.count, config.model.classes)
+  progress = Progress(f"sample {row.name}", row.count, 1)
+  images, ms = [], []
+  for first in range(0, row.count, size):
+    index = np.arange(first, min(first + size, row.count))
+    start = time.monotonic()
+    images.append(draw(params, config.eval.seed, index, labels[index]))
+    if first and len(index) == size:
+      ms.append(1e3 * (time.monotonic() - start) / size)
+    progress.update(int(index[-1]) + 1)
+  while len(ms) < 3:
+    start = time.monotonic()
+    draw(params, config.eval.seed, np.arange(size), labels[:size])
+    ms.append(1e3 * (time.monotonic() - start) / size)
+  return np.concatenate(images), labels, ms
+
+
+def figures_of(
+  config: Config, model: spec.Model, row: Row, step: int
+) -> dict[str, Any]:
+  """What is known of a row before it runs: budget, price and protocol."""
+  shape, budget = config.data.shape, row.phase.budget
+  price = functools.partial(spec.flops, model, shape)
+  solver = stepper(config.sample.solver)
+  cost = plan_cost(row.plan, solver, price)
+  read = spec.find(model, spec.Read)
+  counts = denoiser.parameter_counts(model, shape)
+  fixed = counts.pop("position_table")
+  guidance = row.phase.guidance
+  return {
+    "name": row.name,
+    "kind": "guided" if guidance else "plain",
+    "latents_per_group": spec.kept(read, budget)
+    if isinstance(read, spec.Read)
+    else None,
+    "core_tokens": spec.core_tokens(model, shape, budget),
+    "parameters": sum(counts.values()),
+    "gflops_per_image": cost.flops / 1e9,
+    "gflops_per_forward": price(budget) / 1e9,
+    "samples": row.count,
+    "protocol": {
+      "checkpoint_step": step,
+      "parameters": "EMA",
+      "position_table_parameters": fixed,
+      "solver": config.sample.solver,
+      "steps": config.sample.steps,
+      "evaluations": cost.evaluations,
+      "budget": str(budget),
+      "guidance_scale": guidance.scale if guidance else 1.0,
+      "guidance_interval": [guidance.low, guidance.high] if guidance else None,
+      "weak_label": guidance.label if guidance else None,
+      "weak_budget": str(row.phase.weak_budget) if guidance else None,
+      "labels": "balanced: index modulo classes",
+      "noise": f"keyed by (seed {config.eval.seed}, sample index)",
+      "batch_size": config.sample.batch_size,
+      "dtype": config.model.dtype,
+      "platform": jax.devices()[0].device_kind,
+    },
+  }
+
+
+def loss_figures(row: Row, loss_IR: dict[Budget, np.ndarray]) -> dict[str, Any]:
+  """Validation loss of a row's budget; guidance has no loss, nor an error, of its own."""
+  mean, error = clustered_mean(loss_IR[row.phase.budget])
+  return {
+    "validation_loss": mean,
+    "validation_loss_se": None if row.phase.guidance else error,
+  }
+
+
+def write(
+  config: Config,
+  workdir: pathlib.Path,
+  step: int,
+  table: list[dict],
+  shown: list[tuple[str, np.ndarray]],
+  reference: dict[str, Any],
+  seconds: dict[str, float],
+) -> None:
+  """The files of the report, and its table on screen."""
+  folder = workdir / "report"
+  start = time.monotonic()
+  if config.data.shape[-1] in (1, 3):
+    labels = sample.balanced_labels(len(shown[0][1]), config.model.classes)
+    report.grid_png(folder / "grid.png", shown, labels.tolist())
+  report.tradeoff_png(folder / "tradeoff.png", table, reference)
+  timing = workdir / "timing.json"
+  seconds = (files.read_json(timing) if timing.exists() else {}) | seconds
+  seconds["plot"] = time.monotonic() - start
+  machine = {
+    "seconds": seconds | {"total": sum(seconds.values())},
+    "cores": len(os.sched_getaffinity(0)),
+    "load_average": os.getloadavg(),
+  }
+  report.write_report(
+    folder,
+    {
+      "step": step,
+      "validation_draws": config.eval.draws,
+      "rows": table,
+      "reference": reference,
+      **machine,
+    },
+  )
+  logging.info("report in %s\n%s", folder, report.report_table(table, reference))

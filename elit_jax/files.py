@@ -1,0 +1,127 @@
+"""Files of a run: written whole or not at all, refused where they do not fit."""
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from elit_jax.errors import ConfigError
+
+
+def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+  """The folder, made if need be; ConfigError if it cannot be written."""
+  folder = pathlib.Path(path)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from None
+  return folder
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """A path beside `path`, with its suffix, that replaces it when the block succeeds."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+    partial = pathlib.Path(folder) / path.name
+    yield partial
+    os.replace(partial, path)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """The object in a JSON file."""
+  return json.loads(pathlib.Path(path).read_text("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+  """Writes an object; NaN and the infinities are refused by JSON itself."""
+  with atomic(path) as partial:
+    text = json.dumps(value, indent=2, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+  """Float images in [-1, 1] as uint8: clip(127.5 x + 128, 0, 255), truncated.
+
+  The conversion of the DiT and SiT sampling scripts: -1 is 0, 0 is 128, 1 is 255.
+  ConfigError for values that are not finite.
+  """
+  images = np.asarray(images, np.float64)
+  bad = int(np.count_nonzero(~np.isfinite(images)))
+  if bad:
+    raise ConfigError(f"{bad} of {images.size} pixel values are not finite")
+  return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
+
+
+def save_samples(
+  path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray
+) -> None:
+  """Writes an npz in the layout of the ADM evaluation suite: arr_0 and arr_1.
+
+  Images (N, H, W, C) in [-1, 1] with 1 or 3 channels become uint8; anything else is
+  latents and stays fp32. arr_1 is int64 labels (N,).
+  """
+  images, labels = np.asarray(images), np.asarray(labels)
+  if labels.shape != images.shape[:1]:
+    raise ConfigError(
+      f"{len(images)} samples need as many labels, not shape {labels.shape}"
+    )
+  is_pixels = images.ndim == 4 and images.shape[-1] in (1, 3)
+  values = to_uint8(images) if is_pixels else images.astype(np.float32)
+  with atomic(path) as partial:
+    np.savez(partial, arr_0=values, arr_1=labels.astype(np.int64))
+
+
+def claim(
+  path: pathlib.Path, settings: Mapping[str, Any], leaves: Sequence[str]
+) -> None:
+  """Writes the settings that a folder's files are made with, or checks those there.
+
+  ConfigError that names the first of `leaves` (dotted; a prefix counts) that differs.
+  """
+  if path.exists():
+    old, new = flatten(read_json(path)), flatten(json.loads(json.dumps(settings)))
+    for name in sorted({*old, *new}):
+      relevant = any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves)
+      if relevant and old.get(name) != new.get(name):
+        raise ConfigError(
+          f"{path.parent} holds files made with {name} {old.get(name)!r}, now it is "
+          f"{new.get(name)!r}: move the folder away, or use the old value"
+        )
+  write_json(path, settings)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Leaves of nested dicts by dotted name."""
+  out: dict[str, Any] = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping) and value:
+      out |= flatten(value, f"{prefix}{key}.")
+    else:
+      out[f"{prefix}{key}"] = value
+  return out
+
+
+def save_grid(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
+  """Writes uint8 images (N, H, W, 1 or 3) as one PNG, enlarged to be seen."""
+  from PIL import Image  # slow to import, and few need it
+
+  count, height, width, _ = pixels.shape
+  columns = min(count, 10)
+  rows = -(-count // columns)
+  sheet = np.zeros((rows * (height + 1), columns * (width + 1), 3), np.uint8)
+  for i, image in enumerate(pixels):
+    top, left = i // columns * (height + 1), i % columns * (width + 1)
+    sheet[top : top + height, left : left + width] = image
+  scale = max(1, 64 // height)
+  size = (sheet.shape[1] * scale, sheet.shape[0] * scale)
+  with atomic(path) as partial:
+    Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST).save(partial, "PNG")

@@ -1,0 +1,188 @@
+"""Sampling: from parameters and a plan to images, and `--mode=sample`."""
+
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from elit_jax import config as config_lib
+from elit_jax import files, preemption, sharding
+from elit_jax.budget import Budget
+from elit_jax.checkpoint import Checkpointer
+from elit_jax.config import Config
+from elit_jax.errors import ConfigError
+from elit_jax.flow.process import process
+from elit_jax.logs import Progress
+from elit_jax.models import denoiser, spec
+from elit_jax.sampling import sampler
+from elit_jax.sampling.guidance import At, Cache, Predict
+from elit_jax.sampling.plan import Plan
+from elit_jax.sampling.steppers import stepper
+
+Params = dict[str, Any]
+SampleFn = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def network(model: spec.Model, params: Params, budget: Budget) -> Predict:
+  """The plain network under a budget, as a `Predict`."""
+
+  def predict(
+    cache: Cache, x: jax.Array, at: At, cond: jax.Array
+  ) -> tuple[Cache, jax.Array]:
+    t_B = sampler.as_batch(at.t, x)
+    return cache, denoiser.apply(model, params, x, t_B, cond, budget).velocity
+
+  return predict
+
+
+def sample_fn(
+  model: spec.Model, plan: Plan, solver: str, path: str, shape: tuple[int, ...]
+) -> SampleFn:
+  """(params, key, index (B,), label (B,)) to samples (B, *shape), ready for jit.
+
+  A sample depends on the key, its index and its label alone.
+  """
+
+  def run(
+    params: Params, key: jax.Array, index_B: jax.Array, label_B: jax.Array
+  ) -> jax.Array:
+    x, noise = sampler.initial_noise(key, index_B, shape)
+    return sampler.sample(
+      plan,
+      stepper(solver),
+      process(path),
+      functools.partial(network, model, params),
+      functools.partial(denoiser.null_labels, model),
+      x,
+      label_B,
+      noise,
+    )
+
+  return run
+
+
+def compile_sampler(
+  fn: SampleFn, model: spec.Model, batch_size: int
+) -> Callable[[Params, int, np.ndarray, np.ndarray], np.ndarray]:
+  """Compiles `fn` for one batch size, split over all devices.
+
+  Returns (params, seed, index (n,), label (n,)) to host images (n, *shape); n may be
+  smaller than the batch, which is then padded.
+  """
+  mesh = sharding.make_mesh()
+  devices = mesh.devices.size
+  size = math.ceil(batch_size / devices) * devices
+  rows = jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding.split(mesh))
+  everywhere = sharding.replicated(mesh)
+  params = sharding.abstract(denoiser.abstract_params(model), everywhere)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  compiled = jax.jit(fn).lower(params, key, rows, rows).compile()
+
+  def run(
+    params: Params, seed: int, index_n: np.ndarray, label_n: np.ndarray
+  ) -> np.ndarray:
+    pad = size - len(index_n)
+    batch = [np.pad(a.astype(np.int32), (0, pad)) for a in (index_n, label_n)]
+    index_B, label_B = (jax.device_put(a, sharding.split(mesh)) for a in batch)
+    images = compiled(params, jax.random.key(seed), index_B, label_B)
+    return np.asarray(images)[: len(index_n)]
+
+  return run
+
+
+def balanced_labels(count: int, classes: int) -> np.ndarray:
+  """Labels 0, 1, ..., classes - 1, 0, 1, ...: any prefix is balanced."""
+  return np.arange(count, dtype=np.int32) % classes
+
+
+def load_ema(workdir: pathlib.Path, config: Config) -> tuple[int, Params]:
+  """(step, averaged parameters) of the newest checkpoint of a workdir.
+
+  Raises ConfigError if there is none, or if it holds another model.
+  """
+  model = config_lib.build_model(config)
+  folder = workdir / "checkpoints"
+  if not folder.is_dir():
+    raise ConfigError(f"no checkpoint in {workdir}: train it first with --mode=train")
+  check_same_model(workdir, config)
+  mesh = sharding.make_mesh()
+  with Checkpointer(folder, read_only=True) as checkpoints:
+    target = sharding.abstract(
+      denoiser.abstract_params(model), sharding.replicated(mesh)
+    )
+    return checkpoints.restore_item("ema", target)
+
+
+def check_same_model(workdir: pathlib.Path, config: Config) -> None:
+  """Raises ConfigError if the workdir was made with a config of another model."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  old = files.read_json(path)
+  if differences := config_lib.model_differences(old, config_lib.to_json(config)):
+    raise ConfigError(
+      f"workdir {workdir} holds another model: {'; '.join(differences)}. "
+      "Use the config it was made with, or another workdir"
+    )
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+  """`--mode=sample`: writes samples/<first index>.npz chunks; a rerun fills gaps.
+
+  Chunks hold `arr_0` (uint8 NHWC for 1 or 3 channels, float32 otherwise), `arr_1` the
+  labels. A folder made with other settings is refused.
+  """
+  model = config_lib.build_model(config)
+  plan = config_lib.plan(config, model)
+  step, params = load_ema(workdir, config)
+  folder = files.make_folder(workdir / "samples")
+  settings = config_lib.to_json(config) | {"step": step}
+  files.claim(folder / "config.json", settings, SAMPLING_LEAVES)
+  s = config.sample
+  labels = balanced_labels(s.count, config.model.classes)
+  firsts = range(0, s.count, s.batch_size)
+  missing = [f for f in firsts if not _whole(folder, f, s)]
+  if not missing:
+    logging.info("all %d samples are there: %s", s.count, folder)
+    return
+  logging.info("phase compile | sampling plan %s", plan)
+  start = time.monotonic()
+  fn = sample_fn(model, plan, s.solver, config.flow.path, config.data.shape)
+  draw = compile_sampler(fn, model, s.batch_size)
+  logging.info("phase compile | done in %.1f s", time.monotonic() - start)
+  progress = Progress("sample", len(missing), s.batch_size)
+  for done, first in enumerate(missing, 1):
+    if preemption.requested():
+      logging.info("stopped by a signal after %d of %d chunks", done - 1, len(missing))
+      return
+    index = np.arange(first, min(first + s.batch_size, s.count))
+    images = draw(params, s.seed, index, labels[index])
+    files.save_samples(folder / f"{first:06d}.npz", images, labels[index])
+    progress.update(done)
+
+
+def _whole(folder: pathlib.Path, first: int, s: config_lib.SampleConfig) -> bool:
+  """Whether a chunk is there with all its samples (the last of a run may be short)."""
+  path = folder / f"{first:06d}.npz"
+  if not path.exists():
+    return False
+  with np.load(path) as chunk:
+    return len(chunk["arr_1"]) >= min(s.batch_size, s.count - first)
+
+
+# Settings that a folder of samples must have been made with to be added to.
+SAMPLING_LEAVES = (
+  "step",
+  "sample.batch_size",
+  "sample.steps",
+  "sample.solver",
+  "sample.budget",
+  "sample.seed",
+  "guidance",
+)
