@@ -4,22 +4,34 @@
 Any leaf of the config can be overridden: --config.optim.lr=2e-4.
 """
 
+import inspect
 import json
 import logging as stdlogging
 import pathlib
 import re
 import runpy
 import sys
+import traceback
+from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from elit_jax import config as config_lib
 from elit_jax import files
 from elit_jax.errors import ConfigError, nearest
 
-OVERRIDE = re.compile(r"--?(?:no)?config\.([\w.]+)")
-CONFIG_FILE = re.compile(r"--?config=([^:]+)(?::(.*))?$")
+OVERRIDE = re.compile(r"--?(?:no)?(config\.[^=]+)")
+CONFIG_FILE = re.compile(r"--?config(?:=(.*))?$", re.DOTALL)
+# How absl names a flag and the value it refuses, before it says why.
+REFUSED = re.compile(r"flag --([\w.]+)=(.*?): ", re.DOTALL)
+KINDS = {
+  bool: "true or false",
+  int: "a whole number",
+  float: "a number",
+  tuple: "a tuple",
+  dict: "a dict",
+}
 MODES = ("train", "sample", "eval", "describe")
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -50,7 +62,7 @@ def main(argv: list[str]) -> None:
     return
   if not WORKDIR.value:
     raise ConfigError("--workdir is missing: the folder that this run writes to")
-  _run(config, pathlib.Path(WORKDIR.value))
+  _run(config, pathlib.Path(WORKDIR.value).expanduser())
 
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
@@ -64,34 +76,89 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
 
 def checked_flags(argv: list[str]) -> list[str]:
   """Parses flags; what absl and ml_collections refuse becomes one sentence."""
-  check_leaves(argv)
+  if "--help" in argv:
+    app.usage(shorthelp=True, writeto_stdout=True)
+    sys.exit(0)  # absl would say 1
+  leaves = config_leaves(argv)
   try:
     return flags.FLAGS(argv)
+  except (flags.Error, TypeError, ValueError) as error:
+    raise ConfigError(_refusal(str(error), leaves)) from None
+
+
+def config_leaves(argv: list[str]) -> dict[str, Any]:
+  """The leaves of the config file that the flags name, as it has them.
+
+  Raises ConfigError for a file that cannot be used, a --config.leaf that does not
+  exist, or one before its --config. The file is read once more for this:
+  ml_collections names none of them well.
+  """
+  files_at = [i for i, arg in enumerate(argv) if CONFIG_FILE.match(arg)]
+  overrides = {i: m[1] for i, arg in enumerate(argv) if (m := OVERRIDE.match(arg))}
+  if len(files_at) > 1:
+    raise ConfigError(f"--config is given {len(files_at)} times: give one config file")
+  if not files_at:
+    if overrides:
+      raise ConfigError(
+        f"--config is missing, of which {min(overrides.values())} is to be a leaf"
+      )
+    return {}
+  at = files_at[0]
+  if overrides and min(overrides) < at:
+    raise ConfigError(f"--{overrides[min(overrides)]} must come after --config")
+  match = CONFIG_FILE.match(argv[at])
+  text = match[1] if match else None
+  if text is None:  # --config FILE, as two words
+    text = argv[at + 1] if at + 1 < len(argv) else ""
+  known = files.flatten({"config": read_config(text).to_dict()})
+  for name in overrides.values():
+    if name not in known:
+      raise ConfigError(
+        f"unknown config leaf {name}: did you mean {nearest(name, known)}?"
+      )
+  return known
+
+
+def read_config(text: str) -> ConfigDict:
+  """What `FILE[:argument]` gives; any trouble in it becomes a ConfigError."""
+  path, colon, argument = text.partition(":")
+  if not pathlib.Path(path).is_file():
+    folder = pathlib.Path(__file__).parent / "configs"
+    ours = [f"configs/{file.name}" for file in folder.glob("*.py")]
+    raise ConfigError(
+      f"no such config file: {path!r}; did you mean {nearest(path, ours)}?"
+    )
+  try:
+    get_config = runpy.run_path(path).get("get_config")
+    if not callable(get_config):
+      raise ConfigError(f"config file {path} has no function get_config()")
+    if colon and not inspect.signature(get_config).parameters:
+      raise ConfigError(f"{path} takes no argument: leave out {colon + argument!r}")
+    config = get_config(argument) if colon else get_config()
   except ConfigError:
     raise
-  except (flags.Error, TypeError, ValueError) as error:
-    raise ConfigError(" ".join(str(error).split())) from None
+  except Exception as error:  # noqa: BLE001  # whatever an experiment's file may raise
+    trace = traceback.extract_tb(error.__traceback__)
+    lines = [str(frame.lineno) for frame in trace if frame.filename == path]
+    where = f" in line {lines[-1]}" if lines else ""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise ConfigError(f"config file {path} fails{where}: {reason}") from None
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(
+      f"get_config() of {path} must return an ml_collections ConfigDict, "
+      f"not {type(config).__name__}"
+    )
+  return config
 
 
-def check_leaves(argv: list[str]) -> None:
-  """Raises ConfigError for a config file or a --config.leaf that does not exist.
-
-  The file is read once more for this: ml_collections names neither well.
-  """
-  file = next(filter(None, map(CONFIG_FILE.match, argv)), None)
-  if file is None:
-    return
-  if not pathlib.Path(file[1]).is_file():
-    raise ConfigError(f"no such config file: {file[1]}")
-  get_config = runpy.run_path(file[1])["get_config"]
-  config = get_config(file[2]) if file[2] else get_config()
-  known = list(files.flatten(config.to_dict()))
-  for match in filter(None, map(OVERRIDE.match, argv)):
-    if match[1] not in known:
-      raise ConfigError(
-        f"unknown config leaf config.{match[1]}: did you mean "
-        f"config.{nearest(match[1], known)}?"
-      )
+def _refusal(text: str, leaves: dict[str, Any]) -> str:
+  """What absl says of a flag, in our words where its value has the wrong type."""
+  match = REFUSED.match(text)
+  examples = leaves | {"json": False}
+  if match is None or type(examples.get(match[1])) not in KINDS:
+    return " ".join(text.split())
+  name, value, example = match[1], match[2], examples[match[1]]
+  return f"{name} is {value!r}: it must be {KINDS[type(example)]}, such as {example!r}"
 
 
 def set_up_logging() -> None:

@@ -4,8 +4,9 @@
 Hardware: two CPU cores. Cost and expected numbers: see README.md.
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

@@ -5,21 +5,21 @@ The argument is SIZE/PATCH[,released|paper|plain[,256|512]]. Trains on synthetic
 of the right shape until the latent data set is there. Hardware, hours, FID: not run.
 """
 
-from configs import base
 from ml_collections import ConfigDict
 
+from configs import base
 from elit_jax.errors import ConfigError
 from elit_jax.models.elastic import SPLITS
 
 
 def get_config(arg: str = "XL/2") -> ConfigDict:
   """The released multi-budget recipe (spec: AdamW 1e-4, batch 256, EMA 0.9999)."""
-  size, split, pixels = (
+  size, split, pixels, *rest = (
     *arg.split(","),
     *("", "released", "256")[arg.count(",") + 1 :],
   )
   backbone = size.split("/")[0]
-  if split not in (*SPLITS, "plain") or pixels not in ("256", "512"):
+  if split not in (*SPLITS, "plain") or pixels not in ("256", "512") or rest:
     raise ConfigError(
       f"config argument {arg!r}: want SIZE/PATCH,released|paper|plain,256|512"
     )
@@ -41,7 +41,10 @@ def get_config(arg: str = "XL/2") -> ConfigDict:
   if split == "plain":
     return config
   if backbone not in SPLITS[split]:
-    raise ConfigError(f"no {split} split for size {backbone!r}: {list(SPLITS[split])}")
+    raise ConfigError(
+      f"config argument {arg!r}: no {split} split for size {backbone!r}, only for "
+      f"{', '.join(SPLITS[split])}"
+    )
   head, tail = SPLITS[split][backbone]
   window = 4 if pixels == "256" else 8  # so that there are 16 groups at patch 2
   config.elit = ConfigDict(

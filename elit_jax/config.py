@@ -5,14 +5,15 @@ unknown, missing or of the wrong type is a ConfigError that names it.
 """
 
 import dataclasses
-import json
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from elit_jax import files
 from elit_jax.budget import Budget
+from elit_jax.data import sources
 from elit_jax.errors import ConfigError, nearest
 from elit_jax.flow.process import process
 from elit_jax.flow.times import time_sampler
@@ -126,53 +127,52 @@ def resolve(config: Mapping[str, Any]) -> Config:
   return typed
 
 
+# What numbers must be: leaves, the test and its wording.
+RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+  (
+    (
+      "train.steps",
+      "train.batch_size",
+      "train.accumulation",
+      "train.log_every",
+      "train.max_bad_steps",
+      "checkpoint.every",
+      "checkpoint.keep",
+      "checkpoint.keep_every",
+      "sample.count",
+      "sample.batch_size",
+      "sample.steps",
+      "eval.draws",
+      "model.classes",
+    ),
+    lambda x: x > 0,
+    "be above 0",
+  ),
+  (("optim.lr", "optim.eps"), lambda x: 0 < x < math.inf, "be above 0 and finite"),
+  (("optim.clip",), lambda x: x > 0, "be above 0 (inf: never clipped)"),
+  (("optim.weight_decay",), lambda x: 0 <= x < math.inf, "be 0 or above, and finite"),
+  (("optim.beta1", "optim.beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
+  (("optim.ema", "flow.label_dropout"), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+  (("optim.warmup", "train.preview_every"), lambda x: x >= 0, "not be negative"),
+  # Fewer have no spread.
+  (("eval.count", "eval.full_count"), lambda x: x >= 2, "be at least 2"),
+  (("eval.guidance_scale",), lambda x: 1 <= x < math.inf, "be at least 1, and finite"),
+  # jax drops all higher bits: other seeds would be equal ones in disguise.
+  (("seed", "sample.seed", "eval.seed"), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),
+)
+
+
 def check(config: Config) -> None:
   """Raises ConfigError for what can be known to be wrong without data or devices."""
-  positive = {
-    "train.steps": config.train.steps,
-    "train.accumulation": config.train.accumulation,
-    "train.batch_size": config.train.batch_size,
-    "train.log_every": config.train.log_every,
-    "train.max_bad_steps": config.train.max_bad_steps,
-    "checkpoint.every": config.checkpoint.every,
-    "checkpoint.keep": config.checkpoint.keep,
-    "checkpoint.keep_every": config.checkpoint.keep_every,
-    "sample.count": config.sample.count,
-    "sample.batch_size": config.sample.batch_size,
-    "sample.steps": config.sample.steps,
-    "eval.draws": config.eval.draws,
-    "eval.full_count": config.eval.full_count,
-    "eval.count": config.eval.count,
-    "model.classes": config.model.classes,
-    "optim.lr": config.optim.lr,
-    "optim.eps": config.optim.eps,
-    "optim.clip": config.optim.clip,
-  }
-  for name, value in positive.items():
-    if not value > 0:
-      raise ConfigError(f"config.{name} is {value}: it must be above 0")
-  fractions = {
-    "flow.label_dropout": config.flow.label_dropout,
-    "optim.ema": config.optim.ema,
-    "optim.beta1": config.optim.beta1,
-    "optim.beta2": config.optim.beta2,
-  }
-  for name, value in fractions.items():
-    if not 0 <= value <= 1:
-      raise ConfigError(f"config.{name} is {value}: it must lie in [0, 1]")
-  for name, count in (
-    ("train.preview_every", config.train.preview_every),
-    ("optim.warmup", config.optim.warmup),
-    ("optim.weight_decay", config.optim.weight_decay),
-    ("seed", config.seed),
-    ("sample.seed", config.sample.seed),
-    ("eval.seed", config.eval.seed),
-  ):
-    if not count >= 0:
-      raise ConfigError(f"config.{name} is {count}: it must not be negative")
+  leaves = files.flatten(dataclasses.asdict(config))
+  for names, legal, rule in RULES:
+    for name in names:
+      if not legal(leaves[name]):
+        raise ConfigError(f"config.{name} is {leaves[name]}: it must {rule}")
   process(config.flow.path)
   time_sampler(config.flow.time)
   stepper(config.sample.solver)
+  sources.check_source(config.data.source, config.data.options)
   if config.model.dtype not in ("float32", "bfloat16"):
     raise ConfigError(
       f"config.model.dtype is {config.model.dtype!r}: use 'float32' or 'bfloat16'"
@@ -185,8 +185,10 @@ def check(config: Config) -> None:
 def build_model(config: Config) -> spec.Model:
   """The model that a config describes, legal for its sample shape."""
   m, shape = config.model, config.data.shape
-  if len(shape) < 2:
-    raise ConfigError(f"config.data.shape is {shape}: want (height, width, channels)")
+  if len(shape) < 2 or min(shape) < 1:
+    raise ConfigError(
+      f"config.data.shape is {shape}: want (height, width, channels), each at least 1"
+    )
   model = presets.preset(
     m.preset, channels=shape[-1], classes=m.classes, qk_norm=m.qk_norm
   )
@@ -203,13 +205,20 @@ def build_model(config: Config) -> spec.Model:
 
 def budgets(config: Config, model: spec.Model) -> tuple[Budget, ...]:
   """The distinct training budgets, in the order of the config."""
+  for text in config.budgets:
+    if "," in text:
+      raise ConfigError(
+        f"config.budgets holds {text!r}: write several as {tuple(text.split(','))}"
+      )
   found = tuple(spec.budget_for(model, config.data.shape, b) for b in config.budgets)
   if not found:
     raise ConfigError("config.budgets is empty: ('100%',) is the plain choice")
   if len(set(found)) < len(found):
     raise ConfigError(f"config.budgets {config.budgets} names a budget twice")
   weights = config.budget_weights
-  if weights and (len(weights) != len(found) or min(weights) < 0 or sum(weights) <= 0):
+  if weights and not (
+    len(weights) == len(found) and min(weights) >= 0 and 0 < sum(weights) < math.inf
+  ):
     raise ConfigError(
       f"config.budget_weights {weights} must be {len(found)} numbers of at least 0, "
       "one a budget, or ()"
@@ -241,17 +250,41 @@ def check_guidance(found: Guidance, config: Config) -> None:
 def plan(config: Config, model: spec.Model) -> Plan:
   """The sampling plan of the config: one phase."""
   budget = spec.budget_for(model, config.data.shape, config.sample.budget)
-  return (Phase(config.sample.steps, budget, guidance(config, model)),)
+  phase = Phase(config.sample.steps, budget, guidance(config, model))
+  if phase.guidance and (phase.guidance.label, phase.weak_budget) == ("same", budget):
+    raise ConfigError(
+      f"config.guidance has the label 'same' and the budget {str(budget)!r} of the "
+      "strong branch, so that it guides with itself: use the label 'null' or a smaller "
+      "budget"
+    )
+  return (phase,)
 
 
 def to_json(config: Config) -> dict[str, Any]:
-  """The config as nested plain values, for the files beside results."""
-  return json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+  """The config as nested plain values, for the files beside results.
+
+  JSON has no infinity: it becomes "inf", which `resolve` reads.
+  """
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+      return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+      return [plain(item) for item in value]
+    return "inf" if value == math.inf else value
+
+  return plain(dataclasses.asdict(config))
 
 
 # Leaves that decide what the saved parameters mean.
-MODEL_LEAVES = ("model.preset", "model.classes", "model.qk_norm", "elit", "flow.path")
-MODEL_LEAVES += ("data.shape",)
+MODEL_LEAVES = (
+  "model.preset",
+  "model.classes",
+  "model.qk_norm",
+  "elit",
+  "flow.path",
+  "data.shape",
+)
 
 
 def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -285,14 +318,21 @@ def _build(kind: Any, value: Any, name: str) -> Any:
       raise ConfigError(
         f"{name} is {value!r}: it must be a tuple of {args[0].__name__}"
       )
+    if args[0] is str:  # a budget may be written as a number
+      value = [str(v) if _is_number(v) else v for v in value]
     return tuple(_build(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
-  if kind == Mapping[str, Any]:
-    return dict(value)
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+  if kind == Mapping[str, Any] and hasattr(value, "keys"):
+    return {key: value[key] for key in value}
+  if kind is float and (_is_number(value) or value == "inf"):
     return float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-    raise ConfigError(f"{name} is {value!r}: it must be of type {kind.__name__}")
+    wanted = getattr(kind, "__name__", kind)
+    raise ConfigError(f"{name} is {value!r}: it must be of type {wanted}")
   return value
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _build_record(kind: Any, value: Any, name: str) -> Any:

@@ -10,10 +10,11 @@ from elit_jax.models import denoiser, spec
 
 # Parts of the parameters that are not stages of the trunk.
 EMBED = ("patch", "time", "label")
+COLUMNS = 4  # budgets side by side
 
 
 def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
-  """Stages with tokens, parameters and FLOPs (one forward pass of one sample) by budget.
+  """Stages with parameters, and by budget tokens and FLOPs (one forward, one sample).
 
   `budgets` replaces those of the config. Needs no data, and allocates no weights.
   """
@@ -68,9 +69,23 @@ def _spec(model: spec.Model, row: int) -> str:
 
 
 def table(description: dict[str, Any]) -> str:
-  """The description as text for a terminal."""
+  """The description as text for a terminal, a few budgets below each other."""
   budgets = list(description["flops"])
-  shown = budgets if len(budgets) <= 6 else _spread(budgets, 6)
+  title = (
+    f"{description['model']}: width {description['width']}, {description['heads']} "
+    f"heads, samples {tuple(description['sample_shape'])}, token grid "
+    f"{tuple(description['token_grid'])}\n"
+    f"{description['parameters']:,} parameters "
+    f"({description['parameters_with_fixed_position_table']:,} with the fixed position "
+    "table). GFLOPs: one forward pass of one sample, 2 a multiply-add."
+  )
+  specs = [f"  {s['stage']}: {s['spec']}" for s in description["stages"]]
+  pieces = [budgets[i : i + COLUMNS] for i in range(0, len(budgets), COLUMNS)]
+  return "\n".join([title, *specs, *(_columns(description, piece) for piece in pieces)])
+
+
+def _columns(description: dict[str, Any], shown: Sequence[str]) -> str:
+  """The table of some budgets."""
   head = ["stage", "parameters", *(f"tokens {b}" for b in shown)]
   head += [f"GFLOPs {b}" for b in shown]
   rows = [head]
@@ -89,21 +104,4 @@ def table(description: dict[str, Any]) -> str:
     for row in rows
   ]
   rule = "-" * len(lines[0])
-  title = (
-    f"{description['model']}: width {description['width']}, {description['heads']} "
-    f"heads, samples {tuple(description['sample_shape'])}, token grid "
-    f"{tuple(description['token_grid'])}\n"
-    f"{description['parameters']:,} parameters "
-    f"({description['parameters_with_fixed_position_table']:,} with the fixed position "
-    "table). GFLOPs: one forward pass of one sample, 2 a multiply-add."
-  )
-  if len(shown) < len(budgets):
-    title += f"\n{len(budgets)} budgets, {len(shown)} shown; --json has all."
-  specs = [f"  {s['stage']}: {s['spec']}" for s in description["stages"]]
-  return "\n".join([title, *specs, rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def _spread(items: list[str], count: int) -> list[str]:
-  """`count` items spread evenly, both ends included."""
-  last = len(items) - 1
-  return [items[round(i * last / (count - 1))] for i in range(count)]
+  return "\n".join([rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -16,10 +16,11 @@ import numpy as np
 from absl import logging
 
 from elit_jax import config as config_lib
-from elit_jax import files, preemption, sample
+from elit_jax import files, preemption, sample, train
 from elit_jax.budget import Budget
 from elit_jax.config import Config
-from elit_jax.data.sources import make_source
+from elit_jax.data import sources
+from elit_jax.data.sources import Source
 from elit_jax.eval import digits, report
 from elit_jax.eval.metrics import clustered_mean, paired_tests
 from elit_jax.flow.matching import FlowMatching, velocity_loss
@@ -33,6 +34,7 @@ from elit_jax.sampling.steppers import stepper
 
 # Who can judge samples of a data source, by its name.
 JUDGES: dict[str, Callable[[], "Judged"]] = {}
+COLUMNS = 20  # samples of a row in the picture, at most
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,14 @@ class Judged:
 
 
 def _judge_digits() -> Judged:
-  train, held_out, everything = (
-    make_source("digits", split) for split in ("train", "held_out", "all")
+  known, held_out, everything = (
+    sources.digits(split) for split in ("train", "held_out", "all")
   )
-  judge = digits.digit_judge(train.images, train.labels)
+  judge = digits.digit_judge(known.images, known.labels)
   quality = functools.partial(digits.quality, judge)
   return Judged(
     lambda samples, labels: quality(samples, labels, everything.images),
-    digits.reference_quality(judge, train.images, held_out.images, held_out.labels),
+    digits.reference_quality(judge, known.images, held_out.images, held_out.labels),
   )
 
 
@@ -103,7 +105,9 @@ def rows_of(config: Config, model: spec.Model) -> list[Row]:
 
 def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=eval`: samples, losses, prices and pictures of the newest checkpoint."""
+  config = sample.as_trained(workdir, config)
   model = config_lib.build_model(config)
+  held_out = train.open_source(config, "held_out")
   step, params = sample.load_ema(workdir, config)
   folder = files.make_folder(workdir / "report")
   files.write_json(folder / "config.json", config_lib.to_json(config))
@@ -111,15 +115,17 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   seconds = {}
   start = time.monotonic()
   rows = rows_of(config, model)
-  draws, losses = compile_all(config, model, rows)
+  draws, losses = compile_all(config, model, rows, len(held_out))
   seconds["compile_eval"] = time.monotonic() - start
 
   start = time.monotonic()
-  loss_IR = validation_losses(config, losses, params)
+  loss_IR = validation_losses(config, losses, params, held_out)
   seconds["validate"] = time.monotonic() - start
 
   start = time.monotonic()
   judged = JUDGES[config.data.source]() if config.data.source in JUDGES else None
+  # Of the picture: at most two of each class, as many as every row has.
+  columns = min(COLUMNS, 2 * config.model.classes, *(row.count for row in rows))
   table, shown = [], []
   for row, draw in zip(rows, draws, strict=True):
     if preemption.requested():
@@ -139,7 +145,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     }
     figures |= loss_figures(row, loss_IR)
     table.append(figures)
-    shown.append((report.row_caption(figures), images[: 2 * config.model.classes]))
+    shown.append((report.row_caption(figures), images[:columns]))
   seconds["sample"] = time.monotonic() - start
   reference = (judged.reference if judged else {}) | {
     "paired": paired_tests({str(b): x for b, x in loss_IR.items()})
@@ -150,9 +156,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 def compile_all(
-  config: Config, model: spec.Model, rows: Sequence[Row]
+  config: Config, model: spec.Model, rows: Sequence[Row], images: int
 ) -> tuple[list[Callable], dict[Budget, Callable]]:
-  """The samplers of all rows and the losses of all budgets, compiled side by side."""
+  """The samplers of all rows, and the losses of all budgets on so many images, compiled
+  side by side.
+  """
   budgets = [row.phase.budget for row in rows if row.phase.guidance is None]
   progress = Progress("compile", len(rows) + len(budgets))
 
@@ -164,7 +172,7 @@ def compile_all(
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     samplers = [pool.submit(sampler, row) for row in rows]
-    losses = [pool.submit(compile_loss, config, model, budget) for budget in budgets]
+    losses = [pool.submit(compile_loss, config, model, b, images) for b in budgets]
     running = concurrent.futures.as_completed([*samplers, *losses])
     for done, future in enumerate(running, 1):
       future.result()
@@ -175,8 +183,11 @@ def compile_all(
   )
 
 
-def compile_loss(config: Config, model: spec.Model, budget: Budget) -> Callable:
-  """(params, images, labels, draws (R,)) to the loss of every image and draw (I, R).
+def compile_loss(
+  config: Config, model: spec.Model, budget: Budget, count: int
+) -> Callable:
+  """(params, images, labels, draws (R,)) to the loss of every image and draw (I, R),
+  for I = `count` images.
 
   Noise and time are keyed by (eval.seed, draw, image): the same at every budget.
   """
@@ -197,8 +208,6 @@ def compile_loss(config: Config, model: spec.Model, budget: Budget) -> Callable:
 
     return jax.lax.map(one, draws_R).T
 
-  held_out = make_source(config.data.source, "held_out", **config.data.options)
-  count = len(held_out)
   return (
     jax.jit(loss)
     .lower(
@@ -212,10 +221,9 @@ def compile_loss(config: Config, model: spec.Model, budget: Budget) -> Callable:
 
 
 def validation_losses(
-  config: Config, losses: dict[Budget, Callable], params: Any
+  config: Config, losses: dict[Budget, Callable], params: Any, held_out: Source
 ) -> dict[Budget, np.ndarray]:
   """Loss of every held-out image and draw (I, R) by budget."""
-  held_out = make_source(config.data.source, "held_out", **config.data.options)
   examples = [held_out[i] for i in range(len(held_out))]
   images = np.stack([example["image"] for example in examples])
   labels = np.array([example["label"] for example in examples], np.int32)
@@ -300,7 +308,7 @@ def figures_of(
 
 
 def loss_figures(row: Row, loss_IR: dict[Budget, np.ndarray]) -> dict[str, Any]:
-  """Validation loss of a row's budget; guidance has no loss, nor an error, of its own."""
+  """Validation loss of a row's budget; guidance has none of its own, nor an error."""
   mean, error = clustered_mean(loss_IR[row.phase.budget])
   return {
     "validation_loss": mean,

@@ -37,8 +37,14 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """The object in a JSON file."""
-  return json.loads(pathlib.Path(path).read_text("utf-8"))
+  """The object in a JSON file; ConfigError if there is none in it."""
+  try:
+    value = json.loads(pathlib.Path(path).read_text("utf-8"))
+  except ValueError as error:
+    raise ConfigError(f"{path} is damaged ({error}): mend it or move it away") from None
+  if not isinstance(value, dict):
+    raise ConfigError(f"{path} is damaged (no object): mend it or move it away")
+  return value
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:

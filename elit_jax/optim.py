@@ -37,10 +37,23 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
   """Clip, then AdamW (decoupled decay on every parameter), then the schedule."""
   return optax.chain(
     optax.clip_by_global_norm(config.clip),
-    optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+    _adam(config),
     optax.add_decayed_weights(config.weight_decay),
     optax.scale_by_learning_rate(lambda count: learning_rate(config, count)),
   )
+
+
+def _adam(config: OptimConfig) -> optax.GradientTransformation:
+  """Adam's direction; optax takes a float to an integer power, which strict promotion
+  would refuse.
+  """
+  adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+
+  def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    with jax.numpy_dtype_promotion("standard"):
+      return adam.update(grads, state, params)
+
+  return optax.GradientTransformation(adam.init, update)
 
 
 def ema_update(ema: Any, params: Any, decay: float) -> Any:

@@ -1,9 +1,11 @@
 """Sampling: from parameters and a plan to images, and `--mode=sample`."""
 
+import dataclasses
 import functools
 import math
 import pathlib
 import time
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -132,12 +134,27 @@ def check_same_model(workdir: pathlib.Path, config: Config) -> None:
     )
 
 
+def as_trained(workdir: pathlib.Path, config: Config) -> Config:
+  """The config with the label dropout that the workdir's model was trained with.
+
+  What guidance may do depends on it, whatever the config at hand says.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    return config
+  trained = files.flatten(files.read_json(path))
+  dropout = trained.get("flow.label_dropout", config.flow.label_dropout)
+  flow = dataclasses.replace(config.flow, label_dropout=float(dropout))
+  return dataclasses.replace(config, flow=flow)
+
+
 def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=sample`: writes samples/<first index>.npz chunks; a rerun fills gaps.
 
   Chunks hold `arr_0` (uint8 NHWC for 1 or 3 channels, float32 otherwise), `arr_1` the
   labels. A folder made with other settings is refused.
   """
+  config = as_trained(workdir, config)
   model = config_lib.build_model(config)
   plan = config_lib.plan(config, model)
   step, params = load_ema(workdir, config)
@@ -168,12 +185,15 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _whole(folder: pathlib.Path, first: int, s: config_lib.SampleConfig) -> bool:
-  """Whether a chunk is there with all its samples (the last of a run may be short)."""
-  path = folder / f"{first:06d}.npz"
-  if not path.exists():
+  """Whether a chunk is there with all its samples (the last of a run may be short).
+
+  One that cannot be read is a gap like any other.
+  """
+  try:
+    with np.load(folder / f"{first:06d}.npz") as chunk:
+      return len(chunk["arr_1"]) >= min(s.batch_size, s.count - first)
+  except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
     return False
-  with np.load(path) as chunk:
-    return len(chunk["arr_1"]) >= min(s.batch_size, s.count - first)
 
 
 # Settings that a folder of samples must have been made with to be added to.

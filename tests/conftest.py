@@ -4,16 +4,24 @@ No compilation cache is shared: jax writes its entries without a lock, so that t
 processes could read each other's halves.
 """
 
+import importlib.metadata
 import os
 import pathlib
+import sys
+from collections.abc import Callable
 
-_DEVICES = "--xla_force_host_platform_device_count=8"
+# Most of the tests' time is compiling, which LLVM's optimiser and XLA's newer emitters
+# make four times as long.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # unknown flags abort
+  _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 # Set in the environment, so that programs started by a test inherit both.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest
+from absl.testing import flagsaver
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -29,3 +37,33 @@ def parity_dir() -> pathlib.Path:
   if not folder.is_dir():
     pytest.skip(f"no golden arrays in {folder}: set ELIT_PARITY_DIR to their folder")
   return folder
+
+
+@pytest.fixture(scope="session")
+def run_main() -> Callable[..., None]:
+  """`main.py` with these arguments, in this process; wrong input raises ConfigError."""
+  import main
+  from elit_jax import preemption
+
+  def run(*argv: str) -> None:
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+      patch.chdir(ROOT)
+      patch.setattr(sys, "argv", ["main.py", *argv])
+      patch.setattr(preemption, "install", lambda: None)
+      main.main(main.checked_flags(sys.argv))
+
+  return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+  lines = [
+    str(value)
+    for outcome in ("passed", "failed")
+    for report in terminalreporter.getreports(outcome)
+    for name, value in report.user_properties
+    if name == "parity"
+  ]
+  if lines:
+    terminalreporter.section("largest difference to each golden file")
+    for line in sorted(lines):
+      terminalreporter.write_line(line)

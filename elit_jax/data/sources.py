@@ -23,7 +23,13 @@ _DIGITS_SPLIT_KEY = 2026
 
 
 class Source(Protocol):
-  """What the pipeline asks of a data source; `repr` must not hold an address."""
+  """What the pipeline asks of a data source; `repr` must not hold an address.
+
+  classes: every label is below it, and none is negative.
+  """
+
+  @property
+  def classes(self) -> int: ...
 
   def __len__(self) -> int: ...
 
@@ -42,6 +48,11 @@ class ArraySource:
   images: np.ndarray
   labels: np.ndarray
   indices: np.ndarray
+
+  @property
+  def classes(self) -> int:
+    """One more than the largest label."""
+    return int(self.labels.max()) + 1
 
   def __len__(self) -> int:
     return len(self.images)
@@ -112,10 +123,11 @@ def synthetic(
   A count, an extent or a class count below 1 is a ConfigError.
   """
   _check_split(split)
-  if min(count, classes, *shape) < 1:
+  sizes = (count, classes, *shape)
+  if not all(isinstance(size, int) and size > 0 for size in sizes):
     raise ConfigError(
-      f"synthetic(count={count}, shape={tuple(shape)}, classes={classes}): "
-      "all of these must be at least 1"
+      f"synthetic(count={count!r}, shape={tuple(shape)}, classes={classes!r}): "
+      "all of these must be whole numbers of at least 1"
     )
   first = count if split == "held_out" else 0
   length = 2 * count if split == "all" else count
@@ -140,6 +152,12 @@ SOURCES: Mapping[str, Callable[..., Source]] = {
 
 def make_source(name: str, split: str = "train", **options: Any) -> Source:
   """The source called `name` in SOURCES; an unknown name or option is a ConfigError."""
+  check_source(name, options)
+  return SOURCES[name](split, **options)
+
+
+def check_source(name: str, options: Mapping[str, Any]) -> None:
+  """Raises ConfigError for an unknown name or option of a source."""
   if name not in SOURCES:
     raise ConfigError(
       f"unknown data source {name!r}: known are {', '.join(sorted(SOURCES))}; "
@@ -147,13 +165,12 @@ def make_source(name: str, split: str = "train", **options: Any) -> Source:
     )
   signature = inspect.signature(SOURCES[name])
   try:
-    signature.bind(split, **options)
+    signature.bind("train", **options)
   except TypeError as error:
     raise ConfigError(
-      f"data source {name!r} does not take {options}: {error}; "
-      f"its signature is {signature}"
+      f"data source {name!r} does not take {dict(options)}: {error}; "
+      f"its options are {', '.join(list(signature.parameters)[1:]) or 'none'}"
     ) from None
-  return SOURCES[name](split, **options)
 
 
 def _check_split(split: str) -> None:

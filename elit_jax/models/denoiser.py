@@ -127,7 +127,7 @@ def null_labels(model: Model, label_B: jax.Array) -> jax.Array:
 
 def abstract_params(model: Model) -> Params:
   """Shapes and dtypes of the parameters, without allocating any."""
-  return jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+  return jax.eval_shape(lambda: init(model, jax.random.key(0)))
 
 
 def parameter_counts(model: Model, shape: Sequence[int]) -> dict[str, int]:

@@ -12,7 +12,11 @@ from elit_jax.nn.modulation import rms_norm
 
 def attention(q_BNAK: jax.Array, k_BMAK: jax.Array, v_BMAK: jax.Array) -> jax.Array:
   """softmax(q k^T / sqrt(K)) v for each head, softmax in fp32; returns (B, N, A, K)."""
-  return jax.nn.dot_product_attention(q_BNAK, k_BMAK, v_BMAK)
+  logits_BANM = jnp.einsum(
+    "bnak,bmak->banm", q_BNAK, k_BMAK, preferred_element_type=jnp.float32
+  )
+  weights_BANM = jax.nn.softmax(logits_BANM * q_BNAK.shape[-1] ** -0.5)
+  return jnp.einsum("banm,bmak->bnak", weights_BANM.astype(v_BMAK.dtype), v_BMAK)
 
 
 class SelfAttention(nn.Module):

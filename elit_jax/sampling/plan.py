@@ -1,5 +1,6 @@
 """What a sampling run will do, as a static value: phases with budgets and guidance."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,13 +25,16 @@ class Guidance:
   high: float = 1.0
 
   def __post_init__(self) -> None:
-    if not self.scale >= 1:
-      raise ConfigError(f"guidance scale {self.scale} is below 1; 1 means no guidance")
+    if not 1 <= self.scale < math.inf:
+      raise ConfigError(
+        f"guidance scale {self.scale} must be at least 1, and finite; 1: no guidance"
+      )
     if self.label not in ("null", "same"):
       raise ConfigError(f"weak label is 'null' or 'same', not {self.label!r}")
     if not 0 <= self.low <= self.high <= 1:
       raise ConfigError(
-        f"guidance interval [{self.low}, {self.high}] must satisfy 0 <= low <= high <= 1"
+        f"guidance interval [{self.low}, {self.high}] is not one: "
+        "it must satisfy 0 <= low <= high <= 1"
       )
     if self.label == "same" and self.budget is None and self.scale > 1:
       raise ConfigError(

@@ -46,15 +46,13 @@ def sample(
   for phase in plan:
     span = slice(first, first + phase.steps)
     guided_SE = guided_at(phase.guidance, evaluated[span])
-    at = At(
-      t=evaluated[span],
-      scale=np.full(guided_SE.shape, phase.guidance.scale if phase.guidance else 1.0),
-      guided=guided_SE,
-    )
+    scale = phase.guidance.scale if phase.guidance else 1.0
+    scale_SE = np.full(guided_SE.shape, scale)
+    at = At(*on_device((evaluated[span], scale_SE, guided_SE)))
     predict = phase_predict(phase, network, null, guided_SE)
     rows = {name: column[span] for name, column in coefficients.items()}
     index = np.arange(first, first + phase.steps, dtype=np.int32)
-    x = _scan(stepper, predict, x, cond, noise, on_device((at, rows, index)))
+    x = _scan(stepper, predict, x, cond, noise, (at, *on_device((rows, index))))
     first += phase.steps
   return x
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from elit_jax.errors import ConfigError
 from elit_jax import files
+from elit_jax.errors import ConfigError
 from elit_jax.eval import report
 
 

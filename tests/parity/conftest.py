@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 import pytest
+import threadpoolctl
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -12,6 +14,13 @@ def golden_folder() -> pathlib.Path:
   """As the fixture `parity_dir` finds it; but tests are named before fixtures exist."""
   default = ROOT / "../shared/parity/elit"
   return pathlib.Path(os.environ.get("ELIT_PARITY_DIR", default)).resolve()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_blas_thread() -> Iterator[None]:
+  """On small products, threads that wait for each other cost twenty times as much."""
+  with threadpoolctl.threadpool_limits(1):
+    yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -24,17 +33,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
   # An empty list would skip in silence what `test_the_folder_holds_files` makes loud.
   params = params or [pytest.param(None, id="no_golden_file", marks=missing)]
   metafunc.parametrize("golden_path", params)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-  lines = [
-    str(value)
-    for outcome in ("passed", "failed")
-    for report in terminalreporter.getreports(outcome)
-    for name, value in report.user_properties
-    if name == "parity"
-  ]
-  if lines:
-    terminalreporter.section("largest difference to each golden file")
-    for line in sorted(lines):
-      terminalreporter.write_line(line)

@@ -136,7 +136,7 @@ def keep_indices(index: Array, latents: int) -> Array:
 def read(
   p: Params, x: Array, c: Array, index: Array, heads: int
 ) -> tuple[Array, Array, Array]:
-  """Patches, latents without and with their positions, all (B, N, D) in raster order."""
+  """Patches, latents without and with positions, all (B, N, D) in raster order."""
   fit = f"{READ}.fit_layer"
   patches, latents = x.copy(), np.empty_like(x)
   # The seventh chunk is never used.

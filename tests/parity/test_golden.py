@@ -12,7 +12,8 @@ import pytest
 
 from elit_jax.errors import ConfigError
 
-from . import golden, synthetic
+from . import golden, synthetic, training
+from .arrays import Report
 
 
 def test_the_folder_holds_files(parity_dir: pathlib.Path) -> None:
@@ -23,7 +24,7 @@ def test_file(golden_path: pathlib.Path, record_property: Callable) -> None:
   name = golden.family(golden_path)
   if name in golden.NOT_BUILT:
     pytest.skip(f"{golden_path.name}: {golden.NOT_BUILT[name]}")
-  report = golden.Report()
+  report = Report()
   try:
     golden.check(golden_path, report)
   finally:
@@ -40,7 +41,7 @@ def small_arrays(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarr
   """A small file that passes."""
   path = tmp_path_factory.mktemp("golden") / "small.npz"
   synthetic.interface_file(path, synthetic.interface_config(), (0.5,))
-  golden.check(path, golden.Report())
+  golden.check(path, Report())
   with np.load(path) as arrays:
     return dict(arrays)
 
@@ -69,7 +70,7 @@ def test_a_spoiled_file_fails(
   spoil, message = SPOILED[name]
   path = synthetic.save(tmp_path / "x.npz", small_arrays | spoil(small_arrays))
   with pytest.raises(AssertionError, match=message):
-    golden.check(path, golden.Report())
+    golden.check(path, Report())
 
 
 @pytest.mark.parametrize("change", ["missing", "unused"])
@@ -84,7 +85,7 @@ def test_a_spoiled_parameter_is_named(
     arrays[f"{name}_more"] = arrays[name]
   path = synthetic.save(tmp_path / "x.npz", arrays)
   with pytest.raises(ConfigError, match=rf"{change}.*{name.removeprefix('param/')}"):
-    golden.check(path, golden.Report())
+    golden.check(path, Report())
 
 
 def test_an_unknown_sampler_argument_fails(tmp_path: pathlib.Path) -> None:
@@ -92,10 +93,10 @@ def test_an_unknown_sampler_argument_fails(tmp_path: pathlib.Path) -> None:
   modes = {"euler": {"num_steps": 2, "inference_budget": 1.0, "churn": 0.1}}
   path = synthetic.image_file(tmp_path / "x.npz", config, (1.0,), (), modes)
   with pytest.raises(AssertionError, match="unknown sampler arguments.*churn"):
-    golden.check(path, golden.Report(), ["sample"])
+    golden.check(path, Report(), ["sample"])
 
 
 def test_an_unknown_optimiser_setting_fails() -> None:
-  setting = dict.fromkeys(golden.OPTIMISER_SETTINGS, 1.0) | {"nesterov": True}
+  setting = dict.fromkeys(training.OPTIMISER_SETTINGS, 1.0) | {"nesterov": True}
   with pytest.raises(AssertionError, match="nesterov"):
-    golden.optim_config(setting)
+    training.optim_config(setting)

@@ -15,7 +15,7 @@ from elit_jax.flow.process import process
 from elit_jax.models import denoiser
 from elit_jax.sampling import sampler, steppers
 
-from . import golden, reference, synthetic
+from . import arrays, golden, network, reference, sampling, synthetic, training
 
 STEPS = {"num_steps": 4, "inference_budget": 1.0}
 CFG = STEPS | {"cfg_scale": 2.5}
@@ -114,7 +114,7 @@ def test_unseen_image_geometry(name: str, tmp_path: pathlib.Path) -> None:
   changes, budgets, losses, samplers = IMAGES[name]
   config = synthetic.image_config(**changes)
   path = synthetic.image_file(tmp_path / "x.npz", config, budgets, losses, samplers)
-  golden.check(path, golden.Report())
+  golden.check(path, arrays.Report())
 
 
 @pytest.mark.parametrize("name", INTERFACES)
@@ -122,15 +122,15 @@ def test_unseen_interface_geometry(name: str, tmp_path: pathlib.Path) -> None:
   changes, budgets = INTERFACES[name]
   config = synthetic.interface_config(**changes)
   path = synthetic.interface_file(tmp_path / "x.npz", config, budgets)
-  golden.check(path, golden.Report())
+  golden.check(path, arrays.Report())
 
 
 def test_reference_agrees_with_the_golden_outputs(golden_path: pathlib.Path) -> None:
   """Without this, reference and package could share a misreading."""
   if golden.family(golden_path) not in ("elit", "sit"):
     pytest.skip(f"{golden_path.name}: no image network of a family that is built")
-  with np.load(golden_path) as arrays:
-    file = dict(arrays)
+  with np.load(golden_path) as loaded:
+    file = dict(loaded)
   config = json.loads(str(file["config"]))
   params = {k.removeprefix("param/"): v for k, v in file.items() if "param/" in k}
   inputs = (file["in/x"], file["in/t"], file["in/y"])
@@ -157,12 +157,12 @@ def test_compiled_plan_is_the_one_that_was_checked(tmp_path: pathlib.Path) -> No
   config = synthetic.image_config(depth=2)
   modes = {name: SAMPLERS[name] for name in ("heun_ccfg_interval", "sde_cfg_interval")}
   path = synthetic.image_file(tmp_path / "x.npz", config, (1.0,), (), modes)
-  file = golden.Golden(path)
-  run = golden.build_image(file, golden.Report())
-  noise, labels = golden.channels_last(file["sample/noise"]), file["sample/y"]
-  eps = jnp.asarray(golden.channels_last(file["sample/sde_eps"]))
+  file = arrays.Golden(path)
+  run = network.build_image(file, arrays.Report())
+  noise, labels = network.channels_last(file["sample/noise"]), file["sample/y"]
+  eps = jnp.asarray(network.channels_last(file["sample/sde_eps"]))
 
-  def network(budget: Any) -> Any:
+  def predictor(budget: Any) -> Any:
     def predict(cache: Any, x: Any, at: Any, label_B: Any) -> tuple:
       t_B = sampler.as_batch(at.t, x)
       out = denoiser.apply(run.model, run.params, x, t_B, label_B, budget)
@@ -173,16 +173,16 @@ def test_compiled_plan_is_the_one_that_was_checked(tmp_path: pathlib.Path) -> No
   for name, mode in modes.items():
     follow = functools.partial(
       sampler.sample,
-      golden.plan_of(mode, run.budget),
-      steppers.stepper(golden.solver_of(name, mode)),
+      sampling.plan_of(mode, run.budget),
+      steppers.stepper(sampling.solver_of(name, mode)),
       process("linear"),
-      network,
+      predictor,
       functools.partial(denoiser.null_labels, run.model),
       noise=lambda i: eps[i],
     )
-    compiled = jax.jit(lambda x, cond, f=follow: f(x=x, cond=cond))
+    compiled = network.compile_quickly(lambda x, cond, f=follow: f(x=x, cond=cond))
     final = compiled(jnp.asarray(noise), jnp.asarray(labels))
-    want = golden.channels_last(file[f"sample/{name}/final"])
+    want = network.channels_last(file[f"sample/{name}/final"])
     np.testing.assert_allclose(final, want, rtol=0, atol=1e-5, err_msg=name)
 
 
@@ -212,8 +212,8 @@ def test_adamw_warmup_clip_and_average(
     "budgets": [],
   }
   want, want_ema, rates = reference.adamw(start, gradients, setting)
-  config = golden.optim_config(setting)
-  step = golden.optimiser_step(config)
+  config = training.optim_config(setting)
+  step = training.optimiser_step(config)
   params = ema = jax.tree.map(jnp.asarray, start)
   state = optim.optimizer(config).init(params)
   for i, gradient in enumerate(gradients):

@@ -1,0 +1,24 @@
+"""The smallest elastic run: two budgets, a checkpoint every 5 steps, rows in between."""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+  """Synthetic images: nothing is read, and scikit-learn is not imported."""
+  config = base.get_config()
+  config.model.preset = "SiT-tiny/4"
+  config.elit = ConfigDict(
+    {"window": (2, 2), "head": 0, "tail": 0, "write_depth": 1, "sees": "all"}
+  )
+  config.data.options.count = 300
+  config.budgets = ("k1", "k4")
+  config.train.steps = 120
+  config.train.batch_size = 8
+  config.train.log_every = 7  # does not divide what lies between checkpoints
+  config.optim.lr = 1e-3
+  config.optim.ema = 0.99
+  config.checkpoint.every = 5
+  config.checkpoint.keep_every = 50
+  return config

@@ -1,0 +1,409 @@
+"""The command line from one end to the other, on one tiny model trained for a step."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from elit_jax import config as config_lib
+from elit_jax import logs, train
+from elit_jax.budget import Budget
+from elit_jax.errors import ConfigError
+from elit_jax.models import denoiser, spec
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHAPE = (8, 8, 1)
+# 16 tokens in 4 groups of 4. Both ways of giving a flag are used.
+TINY = (
+  *("--config", "configs/digits.py", "--config.model.preset", "SiT-tiny/2"),
+  "--config.elit.window=(2,2)",
+  "--config.train.steps=1",
+  "--config.train.batch_size=16",
+  "--config.train.log_every=1",
+  "--config.train.preview_every=0",
+  "--config.checkpoint.every=1",
+  "--config.sample.count=20",
+  "--config.sample.batch_size=8",
+  "--config.sample.steps=2",
+  "--config.eval.draws=2",
+  "--config.eval.full_count=24",
+  "--config.eval.count=16",
+)
+# Trained at one budget, to compile once; sampled and judged at two.
+ONE, TWO = "--config.budgets=k4", "--config.budgets=('k1','k4')"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(run_main):
+  """main.py on the tiny model. Training compiles once, however often it is resumed."""
+  programs = {}
+  warm_up = train.warm_up
+
+  def warm_up_once(config, model, budgets, mesh):
+    key = (model, budgets, config.optim)
+    if key not in programs:
+      programs[key] = warm_up(config, model, budgets, mesh)
+    return programs[key]
+
+  def run(mode: str, workdir: pathlib.Path, *flags: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(train, "warm_up", warm_up_once)
+      run_main(*TINY, f"--mode={mode}", f"--workdir={workdir}", *flags)
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_run, tmp_path_factory) -> pathlib.Path:
+  """The workdir of a run of one step; not to be written to."""
+  workdir = tmp_path_factory.mktemp("trained") / "run"
+  tiny_run("train", workdir, ONE)
+  return workdir
+
+
+@pytest.fixture
+def workdir(trained, tmp_path) -> pathlib.Path:
+  """A copy of it."""
+  return shutil.copytree(trained, tmp_path / "run")
+
+
+def tiny_config() -> config_lib.Config:
+  from configs import digits
+
+  config = digits.get_config()
+  config.model.preset = "SiT-tiny/2"
+  config.elit.window = (2, 2)
+  config.budgets = ("k1", "k4")
+  return config_lib.resolve(config)
+
+
+# --- describe -------------------------------------------------------------------------
+
+
+def described(run_main, capsys, *argv: str) -> dict:
+  run_main(*argv, "--mode=describe", "--json")
+  return json.loads(capsys.readouterr().out)
+
+
+def test_describe_counts_what_the_model_counts(run_main, capsys):
+  found = described(run_main, capsys, "--config=configs/digits.py")
+  from configs import digits
+
+  config = config_lib.resolve(digits.get_config())
+  model = config_lib.build_model(config)
+  counts = denoiser.parameter_counts(model, SHAPE)
+  fixed = counts.pop("position_table")
+  assert found["parameters"] == sum(counts.values())
+  assert found["parameters_with_fixed_position_table"] == sum(counts.values()) + fixed
+  assert sum(stage["parameters"] for stage in found["stages"]) == found["parameters"]
+  assert list(found["flops"]) == ["k1", "k2", "k4", "k8", "k16"]
+  for name, flops in found["flops"].items():
+    budget = Budget(int(name[1:]))
+    assert flops == spec.flops(model, SHAPE, budget)
+    assert flops == sum(stage["flops"][name] for stage in found["stages"])
+    assert found["core_tokens"][name] == 4 * budget.latents
+  assert [stage["stage"] for stage in found["stages"]] == [
+    "embed",
+    *spec.names(model.trunk),
+    "unembed",
+  ]
+  core = next(stage for stage in found["stages"] if stage["stage"] == "blocks_01")
+  assert core["tokens"] == {"k1": 4, "k2": 8, "k4": 16, "k8": 32, "k16": 64}
+
+
+def test_describe_prints_every_stage_at_every_budget(run_main, capsys):
+  argv = ("--config=configs/elit_sit.py:B/2", "--mode=describe")
+  found = described(run_main, capsys, *argv)
+  run_main(*argv)
+  text = capsys.readouterr().out
+  assert len(found["flops"]) == 16
+  for name, flops in found["flops"].items():
+    assert f"tokens {name}" in text and f"GFLOPs {name}" in text
+    assert f"{flops / 1e9:.3f}" in text
+  for stage in found["stages"]:
+    assert f"\n{stage['stage']} " in text and f"{stage['parameters']:,}" in text
+  assert "SiT-B/2" in text and f"{found['parameters']:,} parameters" in text
+
+
+def test_budgets_come_from_the_flag_or_the_config(run_main, capsys):
+  base, digits = "--config=configs/base.py", "--config=configs/digits.py"
+
+  def budgets(*argv: str) -> list[str]:
+    return list(described(run_main, capsys, *argv)["flops"])
+
+  assert budgets(digits, "--budgets=k1,25%,n32") == ["k1", "k4", "k8"]
+  assert budgets(digits, "--config.budgets=('k1','k4')") == ["k1", "k4"]
+  assert budgets(digits, "--config.budgets=k1", "--config.budgets=k2") == ["k1", "k2"]
+  assert budgets(digits, "--config.budgets=(0.25,'50%')") == ["k4", "k8"]
+  assert budgets(digits, "--config.budgets=k1", "--budgets=k2") == ["k2"]
+  assert budgets(base) == ["full"]
+  assert budgets(base, "--config.budgets=1.0") == ["full"]
+
+
+@pytest.mark.parametrize(
+  ("flags", "leaf", "value"),
+  [
+    (("--config.optim.lr", "2e-4"), "optim.lr", 2e-4),
+    (("-config.optim.lr=2e-4",), "optim.lr", 2e-4),
+    (("--config.model.qk_norm",), "model.qk_norm", True),
+    (("--config.model.qk_norm", "--noconfig.model.qk_norm"), "model.qk_norm", False),
+    (("--config.model.scan=false",), "model.scan", False),
+    (("--config.elit.window=(2,8)",), "elit.window", (2, 8)),
+    (("--config.budget_weights=(1,0,0,0,2.5)",), "budget_weights", (1, 0, 0, 0, 2.5)),
+    (("--config.optim.clip=inf",), "optim.clip", float("inf")),
+    (("--config.seed=4294967295",), "seed", 2**32 - 1),
+  ],
+)
+def test_any_leaf_can_be_overridden(run_main, monkeypatch, flags, leaf, value):
+  resolved = []
+  resolve = config_lib.resolve
+
+  def keep(config):
+    resolved.append(resolve(config))
+    return resolved[-1]
+
+  monkeypatch.setattr(config_lib, "resolve", keep)
+  run_main("--config=configs/digits.py", "--mode=describe", *flags)
+  found = resolved[-1]
+  for name in leaf.split("."):
+    found = getattr(found, name)
+  assert found == value and type(found) is type(value)
+
+
+def test_a_shape_can_be_overridden(run_main, capsys):
+  shape = "(16,8,3)"
+  found = described(
+    run_main,
+    capsys,
+    "--config=configs/base.py",
+    f"--config.data.shape={shape}",
+    f"--config.data.options.shape={shape}",
+  )
+  assert found["sample_shape"] == [16, 8, 3] and found["token_grid"] == [8, 4]
+
+
+def test_describing_xl_takes_seconds_and_no_weights():
+  """In processor time, which other programs do not stretch; XL's weights are 2.8 GB."""
+  argv = ["main.py", "--config=configs/elit_sit.py:XL/2", "--mode=describe", "--json"]
+  program = subprocess.Popen(
+    [sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True
+  )
+  out = program.stdout.read()
+  program.stdout.close()
+  _, status, usage = os.wait4(program.pid, 0)
+  program.returncode = os.waitstatus_to_exitcode(status)
+  assert program.returncode == 0
+  assert json.loads(out)["parameters"] == 704_827_024
+  assert usage.ru_utime + usage.ru_stime < 5
+  kilobyte = 1 if sys.platform == "darwin" else 1024
+  assert usage.ru_maxrss * kilobyte < 1e9
+
+
+def test_describing_leaves_no_arrays(run_main, capsys):
+  before = len(jax.live_arrays())
+  described(run_main, capsys, "--config=configs/elit_sit.py:XL/2", "--budgets=k1")
+  assert len(jax.live_arrays()) == before
+
+
+def test_help_says_what_there_is():
+  done = subprocess.run(
+    [sys.executable, "main.py", "--help"], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0
+  for flag in ("--config", "--workdir", "--mode", "--budgets", "--[no]json"):
+    assert flag in done.stdout
+
+
+# --- train ----------------------------------------------------------------------------
+
+
+def test_training_goes_on_from_the_run_it_finds(tiny_run, trained, workdir):
+  first = logs.read_rows(workdir / "metrics.jsonl")
+  assert [row["step"] for row in first] == [1] and first[0]["loss"] > 0
+  tiny_run("train", workdir, ONE, "--config.train.steps=2")
+  rows = logs.read_rows(workdir / "metrics.jsonl")
+  assert [row["step"] for row in rows] == [1, 2]
+  assert rows[0] == first[0]  # not trained again
+  assert (workdir / "checkpoints" / "2").is_dir()
+  saved = json.loads((workdir / "config.json").read_text())
+  assert saved["train"]["steps"] == 2 and saved["budgets"] == ["k4"]
+  # Nothing left to do: nothing is done.
+  tiny_run("train", workdir, ONE, "--config.train.steps=2")
+  assert logs.read_rows(workdir / "metrics.jsonl") == rows
+
+
+def test_the_saved_config_is_the_resolved_one(trained):
+  saved = json.loads((trained / "config.json").read_text())
+  resolved = config_lib.resolve(saved)
+  assert config_lib.to_json(resolved) == saved
+  assert resolved.model.preset == "SiT-tiny/2"
+  assert resolved.elit.window == (2, 2)
+  assert config_lib.build_model(resolved) == config_lib.build_model(tiny_config())
+
+
+# --- sample ---------------------------------------------------------------------------
+
+
+def chunks(folder: pathlib.Path) -> dict[str, tuple[bytes, int]]:
+  """Bytes and time of each chunk."""
+  return {
+    path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+    for path in sorted(folder.glob("*.npz"))
+  }
+
+
+def test_sampling_fills_gaps_only(tiny_run, trained, workdir):
+  folder = workdir / "samples"
+  tiny_run("sample", workdir, TWO)
+  whole = chunks(folder)
+  assert list(whole) == ["000000.npz", "000008.npz", "000016.npz"]
+  assert json.loads((folder / "config.json").read_text())["step"] == 1
+  labels = []
+  for name, count in zip(whole, (8, 8, 4), strict=True):
+    with np.load(folder / name) as chunk:
+      assert chunk["arr_0"].shape == (count, *SHAPE)
+      assert chunk["arr_0"].dtype == np.uint8 and chunk["arr_1"].dtype == np.int64
+      labels += chunk["arr_1"].tolist()
+  assert labels == [i % 10 for i in range(20)]
+
+  # All there: nothing is compiled, nothing is written.
+  tiny_run("sample", workdir, TWO)
+  assert chunks(folder) == whole
+
+  (folder / "000008.npz").unlink()
+  tiny_run("sample", workdir, TWO)
+  again = chunks(folder)
+  assert again["000008.npz"][0] == whole["000008.npz"][0]
+  assert again["000008.npz"][1] > whole["000008.npz"][1]
+  assert {k: v for k, v in again.items() if k != "000008.npz"} == {
+    k: v for k, v in whole.items() if k != "000008.npz"
+  }
+
+  # More samples: the short chunk is filled up, one is added; a torn one is a gap.
+  (folder / "000000.npz").write_bytes(whole["000000.npz"][0][:50])
+  tiny_run("sample", workdir, TWO, "--config.sample.count=26")
+  more = chunks(folder)
+  assert list(more) == [*whole, "000024.npz"]
+  assert more["000000.npz"][0] == whole["000000.npz"][0]
+  assert more["000008.npz"] == again["000008.npz"]
+  with np.load(folder / "000016.npz") as chunk:
+    np.testing.assert_array_equal(chunk["arr_1"], np.arange(16, 24) % 10)
+  with np.load(folder / "000024.npz") as chunk:
+    np.testing.assert_array_equal(chunk["arr_1"], [4, 5])
+
+
+@pytest.mark.parametrize(
+  ("flag", "named"),
+  [
+    ("--config.sample.seed=7", "sample.seed 0, now it is 7"),
+    ("--config.sample.budget=k1", "sample.budget '100%', now it is 'k1'"),
+    ("--config.guidance.scale=2", "guidance.scale 1.0, now it is 2.0"),
+    ("--config.sample.batch_size=16", "sample.batch_size 8, now it is 16"),
+  ],
+)
+def test_a_folder_of_other_samples_is_refused(run_main, workdir, flag, named):
+  from elit_jax import files
+
+  made = config_lib.to_json(tiny_config())
+  made["sample"]["batch_size"] = 8
+  made["sample"]["steps"] = 2
+  (workdir / "samples").mkdir()
+  files.write_json(workdir / "samples" / "config.json", made | {"step": 1})
+  before = (workdir / "samples" / "config.json").read_bytes()
+  with pytest.raises(ConfigError, match="move the folder away") as error:
+    run_main(*TINY, TWO, "--mode=sample", f"--workdir={workdir}", flag)
+  assert named in str(error.value)
+  assert (workdir / "samples" / "config.json").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(run_main, workdir):
+  """Also where no config.json tells: by the shapes of its arrays."""
+  (workdir / "config.json").unlink()
+  with pytest.raises(ConfigError, match="checkpoint of another model"):
+    run_main(
+      *(*TINY, TWO, "--mode=sample", f"--workdir={workdir}"),
+      "--config.model.classes=11",
+    )
+
+
+# --- eval -----------------------------------------------------------------------------
+
+
+def test_a_report_of_every_budget(tiny_run, workdir):
+  tiny_run("eval", workdir, TWO)
+  folder = workdir / "report"
+  report = json.loads((folder / "report.json").read_text())
+  counts = {"k4": 24, "k1": 16, "CFG 2": 16, "CCFG 2": 16, "AutoG 2": 16}
+  assert {row["name"]: row["samples"] for row in report["rows"]} == counts
+  assert report["step"] == 1 and report["validation_draws"] == 2
+  assert [(t["smaller"], t["larger"]) for t in report["reference"]["paired"]] == [
+    ("k1", "k4")
+  ]
+  assert 0.9 < report["reference"]["recognised_ceiling"] <= 1
+  for row in report["rows"]:
+    stem = row["name"].replace(" ", "_")
+    with np.load(folder / f"samples_{stem}.npz") as samples:
+      assert samples["arr_0"].shape == (row["samples"], *SHAPE)
+      assert samples["arr_0"].dtype == np.uint8
+      np.testing.assert_array_equal(
+        samples["arr_1"], np.arange(row["samples"]) % 10, strict=True
+      )
+    assert 0 <= row["recognised"] <= 1 and row["frechet_raw_pixels"] > 0
+    assert len(row["ms_per_image_runs"]) >= 3 and row["validation_loss"] > 0
+    assert (row["validation_loss_se"] is None) == (row["kind"] == "guided")
+  model = config_lib.build_model(tiny_config())
+  rows = {row["name"]: row for row in report["rows"]}
+  full, small = (spec.flops(model, SHAPE, Budget(k)) for k in (4, 1))
+  forwards = {  # two steps each
+    "k4": full,
+    "k1": small,
+    "CFG 2": 2 * full,
+    "CCFG 2": full + small,
+    "AutoG 2": full + small,
+  }
+  for name, flops in forwards.items():
+    assert rows[name]["gflops_per_image"] == pytest.approx(2e-9 * flops, rel=1e-12)
+  assert json.loads((folder / "config.json").read_text())["budgets"] == ["k1", "k4"]
+  for name in ("grid.png", "tradeoff.png"):
+    assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_without_a_judge(tiny_run, workdir):
+  tiny_run(
+    "eval",
+    workdir,
+    ONE,
+    "--config.data.source=synthetic",
+    "--config.data.options={'count': 4}",
+    "--config.eval.guidance_scale=1",
+  )
+  folder = workdir / "report"
+  report = json.loads((folder / "report.json").read_text())
+  (row,) = report["rows"]
+  assert row["name"] == "k4" and row["validation_loss"] > 0
+  for name in ("recognised", "frechet_raw_pixels", "nearest_train_distance"):
+    assert row[name] is None
+  assert "recognised_ceiling" not in report["reference"]
+  assert (folder / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_guided_rows_need_what_the_model_was_trained_with(workdir):
+  """The label dropout of the run counts, not that of the config at hand."""
+  from elit_jax import evaluate, files, sample
+
+  config = tiny_config()
+  model = config_lib.build_model(config)
+  saved = files.read_json(workdir / "config.json")
+  saved["flow"]["label_dropout"] = 0.0
+  files.write_json(workdir / "config.json", saved)
+  names = [row.name for row in evaluate.rows_of(config, model)]
+  assert {"CFG 2", "CCFG 2", "AutoG 2"} < set(names)
+  trained = sample.as_trained(workdir, config)
+  names = [row.name for row in evaluate.rows_of(trained, model)]
+  assert "AutoG 2" in names and not {"CFG 2", "CCFG 2"} & set(names)

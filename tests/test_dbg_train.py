@@ -1,0 +1,658 @@
+"""Training: what one step does, and what a whole run leaves behind.
+
+One real run is shared by most tests: those that resume it take its compiled programs.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import pathlib
+import re
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+from jax.sharding import AxisType
+from ml_collections import ConfigDict
+
+from configs import base
+from elit_jax import config as config_lib
+from elit_jax import files, logs, optim, sharding, train
+from elit_jax.budget import Budget, draw_budget
+from elit_jax.data.sources import ArraySource
+from elit_jax.errors import ConfigError
+from elit_jax.models import denoiser, presets, spec
+
+# Rates are of the clock; all else is the same however often a run was interrupted.
+RATES = {"images_per_second"}
+KEPT = ("params", "ema", "opt")  # what a bad step must not touch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_programs():
+  """One block of width 16, and none of XLA's costly passes: nothing here hangs on them.
+
+  They compile in half the time.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "make_mesh", lambda: mesh_of(2))
+    patch.setitem(presets.SIZES, "test", presets.Size(1, 16, 2))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def raw_config(**leaves) -> ConfigDict:
+  """A plain model on digits; leaves by dotted name, spelt with two underscores."""
+  raw = base.get_config()
+  raw.model.preset = "SiT-test/4"
+  raw.data.source, raw.data.options = "digits", ConfigDict()
+  raw.train.batch_size = 8
+  raw.sample.steps = 2
+  raw.update({"elit": leaves.pop("elit")} if "elit" in leaves else {})
+  for name, value in leaves.items():
+    *parts, last = name.split("__")
+    node = raw
+    for part in parts:
+      node = node[part]
+    node[last] = value
+  return raw
+
+
+def make_config(**leaves) -> config_lib.Config:
+  return config_lib.resolve(raw_config(**leaves))
+
+
+def bits(tree) -> list[tuple]:
+  return [
+    (np.asarray(leaf).dtype, np.asarray(leaf).tobytes())
+    for leaf in jax.tree.leaves(tree)
+  ]
+
+
+# --- budgets --------------------------------------------------------------------------
+
+FOUR = tuple(Budget(j) for j in (1, 2, 3, 4))
+
+
+def test_budgets_are_a_function_of_seed_and_step():
+  drawn = [draw_budget(3, step, FOUR) for step in range(400)]
+  assert drawn[::-1] == [draw_budget(3, step, FOUR) for step in reversed(range(400))]
+  assert drawn != [draw_budget(4, step, FOUR) for step in range(400)]
+  shares = np.array([drawn.count(budget) for budget in FOUR]) / 400
+  assert np.abs(shares - 0.25).max() < 5 * math.sqrt(0.25 * 0.75 / 400)
+
+
+def test_budgets_of_published_draws():
+  # A run started today must go on with the budgets of yesterday's version.
+  assert [draw_budget(0, step, FOUR).latents for step in range(8)] == DRAWN
+
+
+DRAWN = [3, 4, 1, 4, 4, 2, 2, 1]
+
+
+def test_budget_weights_are_respected():
+  drawn = [draw_budget(0, step, FOUR, (0, 1, 3, 0)).latents for step in range(400)]
+  assert set(drawn) == {2, 3}
+  assert drawn.count(3) / 400 == pytest.approx(0.75, abs=5 * math.sqrt(0.1875 / 400))
+
+
+def test_one_budget_for_all_micro_batches(monkeypatch):
+  asked = []
+  real = denoiser.apply
+
+  def spy(model, params, x, t_B, label_B, budget):
+    asked.append((len(x), budget))
+    return real(model, params, x, t_B, label_B, budget)
+
+  config = make_config(elit=ELIT, budgets=("k1", "k2", "k4"), train__accumulation=4)
+  model = config_lib.build_model(config)
+  monkeypatch.setattr(denoiser, "apply", spy)
+  shapes = jax.eval_shape(lambda: train.init_state(config, model))
+  batch = train.abstract_batch(config, sharding.make_mesh())
+  jax.eval_shape(
+    lambda state, batch: train.train_step(config, model, Budget(2), state, batch),
+    shapes,
+    batch,
+  )
+  assert set(asked) == {(2, Budget(2))}
+
+
+# --- one step -------------------------------------------------------------------------
+
+# eps: Adam divides by the root of the second moment; where a gradient is nothing but
+# rounding, 1e-8 would make a whole step of it.
+STEP = {
+  "train__batch_size": 32,
+  "optim__eps": 1e-4,
+  "optim__ema": 0.9,
+  "optim__warmup": 5,
+  "optim__weight_decay": 0.1,
+}
+
+
+def mesh_of(devices: int):
+  return jax.make_mesh(
+    (devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices]
+  )
+
+
+@pytest.fixture(scope="module")
+def step_of():
+  """step_of(devices, pieces) to (host state, host batch) -> (host state, metrics)."""
+  compiled = {}
+
+  def get(devices: int = 1, pieces: int = 1):
+    mesh = mesh_of(devices)
+    if (devices, pieces) not in compiled:
+      config = make_config(**STEP, train__accumulation=pieces)
+      model = config_lib.build_model(config)
+      (program,) = train.warm_up(config, model, (Budget(),), mesh).values()
+      compiled[devices, pieces] = program
+    program = compiled[devices, pieces]
+
+    def step(state, batch):
+      # Copies: the program takes the buffers it is given for its own.
+      state = jax.tree.map(np.array, state)
+      state = jax.device_put(state, sharding.replicated(mesh))
+      return jax.device_get(program(state, sharding.put_batch(mesh, batch, 32)))
+
+    return step
+
+  return get
+
+
+@pytest.fixture(scope="module")
+def start():
+  """A state in mid-training: at initialisation most gradients are zero."""
+  config = make_config(**STEP)
+  model = config_lib.build_model(config)
+  shapes = jax.eval_shape(lambda: train.init_state(config, model))
+  rng = np.random.default_rng(0)
+
+  def leaf(x):
+    if x.dtype == np.int32:
+      return np.int32(2)
+    return rng.normal(0, 0.1, x.shape).astype(np.float32)
+
+  state = jax.tree.map(leaf, shapes)
+  adam = state["opt"][1]
+  adam = adam._replace(nu=jax.tree.map(np.square, adam.nu))
+  state["opt"] = (state["opt"][0], adam, *state["opt"][2:])
+  return state | {"bad_run": np.int32(0)}
+
+
+def make_batch(seed: int = 0) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(seed)
+  return {
+    "image": rng.uniform(-1, 1, (32, 8, 8, 1)).astype(np.float32),
+    "label": rng.integers(10, size=32).astype(np.int32),
+    "position": np.arange(32, dtype=np.int32),
+  }
+
+
+@pytest.mark.parametrize("devices,pieces", [(1, 2), (8, 1), (8, 4)])
+def test_neither_devices_nor_accumulation_change_a_step(
+  step_of, start, devices: int, pieces: int
+):
+  wanted, wanted_metrics = step_of()(start, make_batch())
+  got, metrics = step_of(devices, pieces)(start, make_batch())
+  assert wanted_metrics["loss"] > 0.1 and wanted_metrics["grad_norm"] > 0.1
+  for name, value in wanted_metrics.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=2e-6)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  # The moments are the gradient's: that of the step, not of its first piece.
+  moved = jax.tree.map(
+    lambda a, b: np.abs(a - b).max(), wanted["opt"][1].mu, start["opt"][1].mu
+  )
+  assert min(jax.tree.leaves(moved)) > 0
+
+
+def test_gradients_of_pieces_are_averaged():
+  def loss(params, micro):
+    value = jnp.mean(jnp.square(micro["x"] * params["w"]))
+    return value, {"loss": value, "first": micro["x"][0]}
+
+  params = {"w": jnp.float32(3)}
+  batch = {"x": jnp.arange(8, dtype=jnp.float32)}
+  whole, metrics = train.accumulate(loss, params, batch, 1)
+  for pieces in (2, 4):
+    grads, got = train.accumulate(loss, params, batch, pieces)
+    np.testing.assert_allclose(grads["w"], whole["w"], rtol=1e-6)
+    np.testing.assert_allclose(got["loss"], metrics["loss"], rtol=1e-6)
+  assert whole["w"] == pytest.approx(2 * 3 * np.mean(np.square(np.arange(8))))
+
+
+def test_the_order_of_a_batch_does_not_matter(step_of, start):
+  """Whatever is random about an example goes with its position, not with its row."""
+  batch = make_batch()
+  order = np.random.default_rng(1).permutation(32)
+  shuffled = {name: array[order] for name, array in batch.items()}
+  _, wanted = step_of()(start, batch)
+  _, got = step_of()(start, shuffled)
+  np.testing.assert_allclose(got["loss"], wanted["loss"], rtol=2e-6)
+  _, other = step_of()(start, shuffled | {"position": batch["position"]})
+  assert abs(other["loss"] / wanted["loss"] - 1) > 1e-4
+
+
+def test_randomness_moves_on_with_the_step(step_of, start):
+  _, now = step_of()(start, make_batch())
+  _, then = step_of()(start | {"step": np.int32(9)}, make_batch())
+  assert now["loss"] != then["loss"]
+
+
+def test_average_of_weights_and_update_against_numpy(step_of, start):
+  """EMA over three steps, and AdamW with warm-up and clipping from its moments."""
+  config = make_config(**STEP).optim
+  state = start
+  ema = jax.tree.map(np.float64, start["ema"])
+  for i in range(3):
+    before = state
+    state, metrics = step_of()(state, make_batch(i))
+    ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, ema, state["params"])
+
+    adam, count = state["opt"][1], 3 + i  # `start` has seen two updates
+    assert adam.count == state["opt"][3].count == state["step"] == count
+    # The rate rises from lr / 5 in the first update to lr in the sixth.
+    rate = config.lr * (1 / 5 + (1 - 1 / 5) / 5 * (count - 1) if count - 1 < 5 else 1)
+
+    def updated(p, m, v, rate=rate, count=count):
+      m, v = m / (1 - config.beta1**count), v / (1 - config.beta2**count)
+      return p - rate * (m / (np.sqrt(v) + config.eps) + config.weight_decay * p)
+
+    wanted = jax.tree.map(updated, before["params"], adam.mu, adam.nu)
+    for a, b in zip(
+      jax.tree.leaves(state["params"]), jax.tree.leaves(wanted), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    # mu = b1 mu + (1 - b1) g, and g is clipped to a norm of 1.
+    old = before["opt"][1].mu
+    gradient = jax.tree.map(
+      lambda m, o: (m - config.beta1 * o) / (1 - config.beta1), adam.mu, old
+    )
+    norm = math.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
+    assert norm == pytest.approx(min(metrics["grad_norm"], config.clip), rel=1e-4)
+  for a, b in zip(jax.tree.leaves(state["ema"]), jax.tree.leaves(ema), strict=True):
+    assert a.dtype == np.float32
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_clipping_is_of_the_global_norm(clip: float):
+  tx = optim.optimizer(make_config(optim__clip=clip).optim)
+  params = {"a": jnp.zeros(3), "b": jnp.zeros(())}
+  grads = {"a": jnp.array([1.0, 2.0, 0.0]), "b": jnp.array(-2.0)}  # of norm 3
+  _, state = tx.update(grads, tx.init(params), params)
+  scale = min(1, clip / 3)
+  for m, g in zip(jax.tree.leaves(state[1].mu), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(m, 0.1 * scale * g, rtol=1e-5)
+
+
+def test_state_is_float32_whatever_the_matmuls_are():
+  config = make_config(model__dtype="bfloat16")
+  model = config_lib.build_model(config)
+  batch = train.abstract_batch(config, mesh_of(1))
+
+  def step(batch):
+    return train.train_step(
+      config, model, Budget(), train.init_state(config, model), batch
+    )
+
+  state, metrics = jax.eval_shape(step, batch)
+  dtypes = {leaf.dtype.name for leaf in jax.tree.leaves((state, metrics))}
+  assert dtypes == {"float32", "int32"}
+  assert "bf16" in str(jax.make_jaxpr(step)(batch))
+
+
+# --- gradients that are not finite ----------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, 3e38])
+def test_a_bad_step_changes_nothing_but_the_counters(step_of, start, poison: float):
+  bad = make_batch()
+  bad["image"][5, 0, 0, 0] = poison
+  state, metrics = step_of()(start, bad)
+  assert not np.isfinite(metrics["grad_norm"])
+  assert bits([state[name] for name in KEPT]) == bits([start[name] for name in KEPT])
+  counters = {name: int(state[name]) for name in ("step", "bad_steps", "bad_run")}
+  assert counters == {"step": 3, "bad_steps": 3, "bad_run": 1}
+  assert (metrics["bad_steps"], metrics["bad_run"]) == (3, 1)
+
+  state, _ = step_of()(state, bad)
+  assert (state["bad_steps"], state["bad_run"]) == (4, 2)
+  state, metrics = step_of()(state, make_batch())
+  assert (state["bad_steps"], state["bad_run"]) == (4, 0)
+  assert np.isfinite(metrics["grad_norm"])
+  assert state["opt"][1].count == start["opt"][1].count + 1
+  assert bits(state["params"]) != bits(start["params"])
+
+
+# --- a whole run ----------------------------------------------------------------------
+
+ELIT = {"window": (2, 2), "head": 0, "tail": 0, "write_depth": 1, "sees": "all"}
+STEPS = 40
+RUN = {
+  "elit": ELIT,
+  "budgets": ("k1", "k4"),
+  "train__steps": STEPS,
+  "train__batch_size": 16,
+  "train__log_every": 7,  # does not divide what lies between checkpoints
+  "train__preview_every": 20,
+  "checkpoint__every": 10,
+  "checkpoint__keep": 3,
+  "optim__lr": 3e-3,
+  "optim__warmup": 5,
+  "optim__ema": 0.9,
+}
+
+
+class Lines(logging.Handler):
+  """The messages of a logger."""
+
+  def __init__(self):
+    super().__init__(logging.DEBUG)
+    self.lines: list[str] = []
+
+  def emit(self, record: logging.LogRecord) -> None:
+    self.lines.append(record.getMessage())
+
+
+@contextlib.contextmanager
+def listening(*names: str):
+  """Everything that these loggers say within the block, in order."""
+  handler = Lines()
+  loggers = [logging.getLogger(name) for name in names]
+  verbosity = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.INFO)
+  for logger in loggers:
+    logger.addHandler(handler)
+  try:
+    yield handler.lines
+  finally:
+    for logger in loggers:
+      logger.removeHandler(handler)
+    absl_logging.set_verbosity(verbosity)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run from start to end, with its programs and everything that was said."""
+  config = make_config(**RUN)
+  found = SimpleNamespace(
+    config=config, workdir=tmp_path_factory.mktemp("run"), traces=[], programs={}
+  )
+  step, warm_up = train.train_step, train.warm_up
+
+  @functools.wraps(step)
+  def traced(config, model, budget, state, batch):
+    found.traces.append(budget)
+    return step(config, model, budget, state, batch)
+
+  def kept(*arguments):
+    found.programs = warm_up(*arguments)
+    absl_logging.info("warm")
+    return found.programs
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "train_step", traced)
+    patch.setattr(train, "warm_up", kept)
+    with listening("absl", "jax") as found.lines, jax.log_compiles():
+      train.run(config, found.workdir)
+  found.rows = logs.read_rows(found.workdir / "metrics.jsonl")
+  found.state = saved_state(found.workdir, STEPS)
+  return found
+
+
+def saved_state(workdir: pathlib.Path, step: int) -> dict:
+  folder = workdir / "checkpoints"
+  with train.Checkpointer(folder, read_only=True) as checkpoints:
+    parts = (*KEPT, "step", "bad_steps", "bad_run")
+    return {name: checkpoints.restore_item(name, step=step)[1] for name in parts}
+
+
+@pytest.fixture
+def resumed(finished, tmp_path, monkeypatch):
+  """resumed(**leaves) trains on in a copy of the run that has only its checkpoint 30.
+
+  Programs are those of the run, so `leaves` can be such as are not compiled in.
+  """
+  workdir = tmp_path / "run"
+  shutil.copytree(finished.workdir, workdir)
+  for step in (20, 40):
+    shutil.rmtree(workdir / "checkpoints" / str(step))
+
+  def warm_up(config, model, budgets, mesh):
+    assert set(budgets) == set(finished.programs)
+    return finished.programs
+
+  monkeypatch.setattr(train, "warm_up", warm_up)
+
+  def go_on(**leaves) -> pathlib.Path:
+    train.run(make_config(**(RUN | leaves)), workdir)
+    return workdir
+
+  go_on.workdir = workdir
+  return go_on
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+  return [{k: v for k, v in row.items() if k not in RATES} for row in rows]
+
+
+def test_one_trace_and_one_compilation_a_budget(finished):
+  assert sorted(finished.traces, key=str) == [Budget(1), Budget(4)]
+  warm = finished.lines.index("warm")
+  assert compiled(finished.lines[:warm]).count("train_step") == 2
+  assert "train_step" not in compiled(finished.lines[warm:])
+
+
+def test_nothing_compiles_once_training_runs(finished):
+  rows = [i for i, line in enumerate(finished.lines) if line.startswith("phase train")]
+  assert len(rows) == 6
+  # Orbax cuts what lies on all devices, so that each of them saves a part.
+  assert set(compiled(finished.lines[rows[0] :])) <= {"slice"}
+
+
+def compiled(lines: list[str]) -> list[str]:
+  """The names of the programs that jax says it compiles."""
+  found = [re.match(r"Compiling jit\((.*?)\) with", line) for line in lines]
+  return [match[1] for match in found if match]
+
+
+def test_a_finished_program_refuses_what_it_was_not_compiled_for(finished):
+  # So a new shape is an error and never a silent compilation.
+  wrong = {"image": np.zeros((8, 8, 8, 1), np.float32)}
+  with pytest.raises(TypeError):
+    finished.programs[Budget(1)](finished.state, wrong)
+
+
+def test_warm_up_comes_first_and_shows_its_progress(finished):
+  phases = [line for line in finished.lines if line.startswith("phase ")]
+  assert phases[0].startswith("phase compile | step 1/2")
+  assert phases[1].startswith("phase compile | step 2/2")
+  assert phases[2].startswith("phase train | step 7/40 | loss ")
+  assert phases[-1].startswith("phase train | step 40/40 | loss ")
+  for line in phases[3:]:
+    assert "images/s" in line and line.endswith("left")
+
+
+def test_the_parameter_table_is_shown(finished):
+  (table,) = [line for line in finished.lines if line.startswith("parameters: ")]
+  model = config_lib.build_model(finished.config)
+  counts = denoiser.parameter_counts(model, finished.config.data.shape)
+  fixed = counts.pop("position_table")
+  assert f"{sum(counts.values())} (and {fixed} fixed)" in table
+  for name, count in counts.items():
+    assert f"{name} {count:,}" in table
+
+
+def test_every_row_has_the_promised_fields(finished):
+  assert [row["step"] for row in finished.rows] == [7, 14, 21, 28, 35, 40]
+  config, model = finished.config, config_lib.build_model(finished.config)
+  price = {
+    str(budget): 3e-9 * spec.flops(model, config.data.shape, budget)
+    for budget in finished.programs
+  }
+  first = 0
+  for row in finished.rows:
+    step = row["step"]
+    names = [
+      str(draw_budget(config.seed, i, (Budget(1), Budget(4))))
+      for i in range(first, step)
+    ]
+    assert row["images"] == 16 * step
+    assert row["epochs"] == pytest.approx(16 * step / 1500)
+    assert row["bad_steps"] == 0
+    assert row["images_per_second"] > 0
+    assert row["grad_norm"] > 0
+    assert row["lr"] == pytest.approx(
+      float(optim.learning_rate(config.optim, step - 1))
+    )
+    by_budget = {k.removeprefix("loss/"): v for k, v in row.items() if "/" in k}
+    assert by_budget.keys() == set(names)
+    # The loss is the mean over steps, and so is the price.
+    for key, of_budget in (("loss", by_budget), ("gflops_per_image", price)):
+      mean = sum(of_budget[name] for name in names) / len(names)
+      assert row[key] == pytest.approx(mean, rel=1e-6)
+    first = step
+  text = (finished.workdir / "metrics.jsonl").read_text("utf-8")
+  assert [json.loads(line)["step"] for line in text.splitlines()] == [
+    row["step"] for row in finished.rows
+  ]
+  assert [*(finished.workdir / "tb").iterdir()]
+
+
+def test_the_loss_goes_down(finished):
+  losses = [row["loss"] for row in finished.rows]
+  assert losses[-1] < 0.8 * losses[0]
+
+
+def test_previews_are_drawn(finished):
+  from PIL import Image
+
+  files_there = sorted(p.name for p in (finished.workdir / "previews").iterdir())
+  assert files_there == ["0000020.png", "0000040.png"]
+  sheets = [
+    np.asarray(Image.open(finished.workdir / "previews" / name)) for name in files_there
+  ]
+  assert all(sheet.std() > 0 for sheet in sheets)
+  assert not np.array_equal(*sheets)
+
+
+def test_checkpoints_and_times_are_there(finished):
+  steps = {int(p.name) for p in (finished.workdir / "checkpoints").iterdir()}
+  assert steps == {20, 30, 40}  # the newest three
+  timing = files.read_json(finished.workdir / "timing.json")
+  assert timing.keys() == {"compile", "train"} and min(timing.values()) > 0
+  saved = files.read_json(finished.workdir / "config.json")
+  assert saved == config_lib.to_json(finished.config)
+
+
+# --- going on -------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_the_run(finished, resumed):
+  """Rows, too: the one that a checkpoint cuts in two holds all its steps."""
+  workdir = resumed()
+  assert timeless(logs.read_rows(workdir / "metrics.jsonl")) == timeless(finished.rows)
+  state = saved_state(workdir, STEPS)
+  assert jax.tree.structure(state) == jax.tree.structure(finished.state)
+  assert bits(state) == bits(finished.state)
+  for name in ("0000020.png", "0000040.png"):
+    picture = (workdir / "previews" / name).read_bytes()
+    assert picture == (finished.workdir / "previews" / name).read_bytes()
+
+
+def test_a_termination_request_saves_and_returns(finished, resumed, monkeypatch):
+  polls = iter([False] * 3 + [True])
+  monkeypatch.setattr(train.preemption, "requested", lambda: next(polls))
+  with listening("absl") as lines:
+    workdir = resumed()
+  assert any("saved step 33" in line for line in lines)
+  assert (workdir / "checkpoints" / "33").is_dir()
+  assert not (workdir / "checkpoints" / "40").exists()
+  # And what was saved is the run in its step 33, in the midst of a row.
+  monkeypatch.setattr(train.preemption, "requested", lambda: False)
+  resumed()
+  assert timeless(logs.read_rows(workdir / "metrics.jsonl")) == timeless(finished.rows)
+  assert bits(saved_state(workdir, STEPS)) == bits(finished.state)
+
+
+@pytest.mark.parametrize(
+  "leaves,named",
+  [
+    ({"elit": ELIT | {"write_depth": 2}}, "elit.write_depth was 1, is 2"),
+    ({"model__preset": "SiT-tiny/4"}, "model.preset was 'SiT-test/4'"),
+    ({"model__qk_norm": True}, "model.qk_norm was False, is True"),
+    ({"model__classes": 11}, "model.classes was 10, is 11"),
+    ({"flow__path": "cosine"}, "flow.path was 'linear', is 'cosine'"),
+  ],
+  ids=lambda x: x.split()[0] if isinstance(x, str) else "",
+)
+def test_another_model_is_refused_by_its_leaves(resumed, leaves, named: str):
+  before = (resumed.workdir / "config.json").read_bytes()
+  with pytest.raises(ConfigError, match="another model") as refusal:
+    resumed(**leaves)
+  assert named in str(refusal.value)
+  assert (resumed.workdir / "config.json").read_bytes() == before
+
+
+def test_another_learning_rate_and_another_end_are_accepted(finished, resumed):
+  workdir = resumed(optim__lr=1e-3, train__steps=42, train__preview_every=0)
+  rows = logs.read_rows(workdir / "metrics.jsonl")
+  assert timeless(rows)[:4] == timeless(finished.rows)[:4]
+  # The row of step 35 was written anew; that of step 40 was the end of the other run.
+  assert [(row["step"], row["lr"]) for row in rows[4:]] == [
+    (step, pytest.approx(1e-3)) for step in (35, 42)
+  ]
+  assert files.read_json(workdir / "config.json")["optim"]["lr"] == 1e-3
+
+
+def test_a_finished_run_is_left_alone(finished, resumed, monkeypatch):
+  resumed()
+  rows = (resumed.workdir / "metrics.jsonl").read_bytes()
+  monkeypatch.setattr(train, "warm_up", lambda *arguments: pytest.fail("compiled"))
+  with listening("absl") as lines:
+    resumed()
+  assert any("nothing to train" in line for line in lines)
+  assert (resumed.workdir / "metrics.jsonl").read_bytes() == rows
+
+
+def poisoned(good: int) -> ArraySource:
+  """Digits without a finite pixel, but for the first `good`."""
+  images = np.full((1500, 8, 8, 1), np.nan, np.float32)
+  images[:good] = 0
+  zeros = np.zeros(1500, np.int32)
+  return ArraySource("poisoned", images, zeros, zeros)
+
+
+def test_too_many_bad_steps_stop_the_run(finished, resumed, monkeypatch):
+  monkeypatch.setattr(train, "open_source", lambda config: poisoned(0))
+  with pytest.raises(
+    train.TrainingStopped, match="for 4 steps in a row, up to step 34"
+  ):
+    resumed(train__max_bad_steps=4, train__log_every=2)
+  rows = logs.read_rows(resumed.workdir / "metrics.jsonl")
+  assert rows[-1]["step"] == 32 and rows[-1]["bad_steps"] == 2
+  # Of the two steps of the row, none moved the schedule on.
+  wanted = float(optim.learning_rate(finished.config.optim, 29))
+  assert rows[-1]["lr"] == pytest.approx(wanted)
+  assert math.isnan(rows[-1]["loss"])
+  assert not (resumed.workdir / "checkpoints" / "40").exists()
+
+
+def test_fewer_bad_steps_do_not(finished, resumed, monkeypatch):
+  monkeypatch.setattr(train, "open_source", lambda config: poisoned(0))
+  workdir = resumed(train__max_bad_steps=11)
+  state = saved_state(workdir, STEPS)
+  assert (int(state["step"]), int(state["bad_steps"])) == (40, 10)
+  before = saved_state(workdir, 30)
+  assert bits([state[n] for n in KEPT]) == bits([before[n] for n in KEPT])

@@ -1,0 +1,301 @@
+"""No dead knobs: every leaf of the base config changes something that a run does.
+
+What a leaf changes is named beside it: the program of a step, the data, or what one of
+the modes does and writes. Programs are traced and never compiled. No leaf is exempt.
+"""
+
+import hashlib
+import pathlib
+import re
+import tempfile
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base, digits, elit_sit
+from elit_jax import config as config_lib
+from elit_jax import evaluate, files, logs, sample, sharding, train
+from elit_jax.data.pipeline import Loader
+
+MOST_LEAVES = 60
+
+
+class Knob(NamedTuple):
+  """Another value of a leaf, what it must change, and what must be set beside it."""
+
+  value: Any
+  changes: str
+  beside: dict[str, Any] = {}
+
+
+PART = {"window": (2, 2), "head": 1, "tail": 1, "write_depth": 1, "sees": "all"}
+ELIT = {"elit": PART, "budgets": ("k4", "k1")}
+GUIDED = {"guidance.scale": 2.0}
+
+KNOBS = {
+  "seed": Knob(1, "step data budgets init", ELIT),
+  "model.preset": Knob("SiT-tiny/4", "step sampling"),
+  "model.classes": Knob(11, "step sampling"),
+  "model.qk_norm": Knob(True, "step sampling"),
+  "model.dtype": Knob("bfloat16", "step sampling"),
+  "model.remat": Knob(True, "step"),
+  "model.scan": Knob(False, "step"),
+  "data.source": Knob("digits", "data", {"data.options": {}}),
+  "data.shape": Knob((4, 4, 1), "step", {"data.options.shape": (4, 4, 1)}),
+  "data.options.count": Knob(512, "data"),
+  "data.options.shape": Knob((4, 4, 1), "data"),
+  "data.options.classes": Knob(9, "data"),
+  "budgets": Knob(("k4", "k2"), "budgets step", ELIT),
+  "budget_weights": Knob((1.0, 3.0), "budgets", ELIT),
+  "flow.path": Knob("cosine", "step sampling", {"sample.solver": "sde"}),
+  "flow.time": Knob("uniform", "step"),
+  "flow.label_dropout": Knob(0.2, "step"),
+  "train.steps": Knob(90, "training"),
+  "train.batch_size": Knob(64, "step data"),
+  "train.accumulation": Knob(2, "step"),
+  "train.log_every": Knob(20, "training"),
+  "train.preview_every": Knob(50, "training"),
+  "train.max_bad_steps": Knob(5, "stopping"),
+  "optim.lr": Knob(2e-4, "step training"),
+  "optim.beta1": Knob(0.8, "step"),
+  "optim.beta2": Knob(0.99, "step"),
+  "optim.eps": Knob(1e-6, "step"),
+  "optim.weight_decay": Knob(0.1, "step"),
+  "optim.clip": Knob(0.5, "step"),
+  "optim.warmup": Knob(30, "step training"),
+  "optim.ema": Knob(0.99, "step"),
+  "checkpoint.every": Knob(25, "training"),
+  "checkpoint.keep": Knob(1, "training"),
+  "checkpoint.keep_every": Knob(50, "training", {"checkpoint.keep": 1}),
+  "sample.count": Knob(48, "sampling"),
+  "sample.batch_size": Knob(16, "sampling"),
+  "sample.steps": Knob(20, "sampling"),
+  "sample.solver": Knob("heun", "sampling"),
+  "sample.budget": Knob("k1", "sampling", ELIT),
+  "sample.seed": Knob(1, "sampling"),
+  "guidance.scale": Knob(2.0, "sampling"),
+  "guidance.label": Knob("same", "sampling", ELIT | GUIDED | {"guidance.budget": "k1"}),
+  "guidance.budget": Knob("k1", "sampling", ELIT | GUIDED),
+  "guidance.low": Knob(0.3, "sampling", GUIDED),
+  "guidance.high": Knob(0.7, "sampling", GUIDED),
+  "eval.draws": Knob(8, "evaluation"),
+  "eval.full_count": Knob(300, "evaluation"),
+  "eval.count": Knob(100, "evaluation"),
+  "eval.guidance_scale": Knob(3.0, "evaluation"),
+  "eval.seed": Knob(2, "evaluation"),
+  "elit.window": Knob((4, 4), "step sampling", ELIT),
+  "elit.head": Knob(2, "step sampling", ELIT),
+  "elit.tail": Knob(2, "step sampling", ELIT),
+  "elit.write_depth": Knob(2, "step sampling", ELIT),
+  "elit.sees": Knob("kept", "step sampling", ELIT | {"sample.budget": "k1"}),
+}
+
+
+def make_config(leaves: dict[str, Any]) -> config_lib.Config:
+  raw = base.get_config()
+  for name, value in leaves.items():
+    *parts, last = name.split(".")
+    node = raw
+    for part in parts:
+      node = node[part]
+    if isinstance(value, dict) and last in node:
+      del node[last]
+    node[last] = ConfigDict(value) if isinstance(value, dict) else value
+  return config_lib.resolve(raw)
+
+
+# --- effects: from a config to something that can be compared -------------------------
+
+
+def program(fn, *arguments) -> str:
+  """The jaxpr of a function, with the constants that its text leaves out."""
+  closed = jax.make_jaxpr(fn)(*arguments)
+  text = re.sub(r" at 0x[0-9a-f]+", "", str(closed.jaxpr))
+  digest = hashlib.sha256(text.encode())
+  for value in closed.consts:
+    digest.update(np.asarray(value).tobytes())
+  return digest.hexdigest()
+
+
+def step(config: config_lib.Config) -> str:
+  """The program of the last budget."""
+  model = config_lib.build_model(config)
+  state = jax.eval_shape(lambda: train.init_state(config, model))
+  batch = train.abstract_batch(config, sharding.make_mesh())
+  budget = config_lib.budgets(config, model)[-1]
+  return program(
+    lambda state, batch: train.train_step(config, model, budget, state, batch),
+    state,
+    batch,
+  )
+
+
+def init(config: config_lib.Config) -> str:
+  """The program that makes the first state."""
+  model = config_lib.build_model(config)
+  return program(lambda: train.init_state(config, model))
+
+
+def data(config: config_lib.Config) -> Any:
+  """Two batches."""
+  source = train.make_source(config.data.source, **config.data.options)
+  loader = Loader(source, config.train.batch_size, config.seed, threads=0)
+  batches = [next(loader) for _ in range(2)]
+  loader.close()
+  return [{k: (a.shape, a.tobytes()) for k, a in sorted(b.items())} for b in batches]
+
+
+def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
+  """`--mode=train` with steps that do nothing but count: what is drawn and written."""
+  found = SimpleNamespace(budgets=[], stopped="")
+
+  def warm_up(config, model, budgets, mesh):
+    def fake(budget):
+      def step(state, batch):
+        found.budgets.append(str(budget))
+        state = state | {"step": state["step"] + 1}
+        run = len(found.budgets) if bad else 0
+        return state, {"loss": 1, "grad_norm": 1, "bad_steps": run, "bad_run": run}
+
+      return step
+
+    return {budget: fake(budget) for budget in budgets}
+
+  def compile_sampler(fn, model, size):
+    return lambda params, seed, index, label: np.zeros((len(index), *config.data.shape))
+
+  def init_state(config, model):
+    return {"step": jnp.int32(0), "ema": jnp.zeros(1)}
+
+  with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+    patch.setattr(train, "warm_up", warm_up)
+    patch.setattr(train, "init_state", init_state)
+    patch.setattr(sample, "compile_sampler", compile_sampler)
+    workdir = pathlib.Path(folder)
+    try:
+      train.run(config, workdir)
+    except train.TrainingStopped as error:
+      found.stopped = str(error)
+    rows = logs.read_rows(workdir / "metrics.jsonl")
+    found.rows = [
+      {k: v for k, v in row.items() if k != "images_per_second"} for row in rows
+    ]
+    found.files = sorted(
+      str(path.relative_to(workdir))
+      for name in ("checkpoints", "previews")
+      for path in (workdir / name).glob("*")
+    )
+  return found
+
+
+def training(config: config_lib.Config) -> Any:
+  found = dry_run(config)
+  return found.rows, found.files
+
+
+def budgets(config: config_lib.Config) -> Any:
+  return dry_run(config).budgets
+
+
+def stopping(config: config_lib.Config) -> Any:
+  return dry_run(config, bad=True).stopped
+
+
+def recorded(mode, config: config_lib.Config) -> list:
+  """What a mode runs: every program, and the small arguments of every call of it."""
+  calls = []
+
+  def compile_nothing(lowered):
+    text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    calls.append(text)
+
+    def run(params, *arguments):
+      arguments = [a for a in arguments if np.ndim(a) < 2]
+      plain = jax.tree.map(_plain, arguments)
+      calls.append(f"{text} {plain}")
+      return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info)
+
+    return run
+
+  with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+    patch.setattr(jax.stages.Lowered, "compile", compile_nothing)
+    patch.setattr(sample, "load_ema", lambda workdir, config: (7, {}))
+    patch.setattr(evaluate, "write", lambda *arguments: None)
+    patch.setattr(evaluate.jax, "device_put", lambda x, device: x)
+    mode.run(config, pathlib.Path(folder))
+    names = [path.name for path in pathlib.Path(folder).glob("samples/*")]
+  # Programs are made by several threads, in any order.
+  return sorted(calls) + sorted(names)
+
+
+def _plain(value: Any) -> list:
+  if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+    value = jax.random.key_data(value)
+  return np.asarray(value).tolist()
+
+
+def sampling(config: config_lib.Config) -> Any:
+  return recorded(sample, config)
+
+
+def evaluation(config: config_lib.Config) -> Any:
+  return recorded(evaluate, config)
+
+
+EFFECTS = {
+  f.__name__: f
+  for f in (step, init, data, budgets, training, stopping, sampling, evaluation)
+}
+_seen: dict[tuple[str, str], Any] = {}
+
+
+def effect_of(name: str, leaves: dict[str, Any]) -> Any:
+  key = (name, repr(sorted(leaves.items())))
+  if key not in _seen:
+    _seen[key] = EFFECTS[name](make_config(leaves))
+  return _seen[key]
+
+
+# --- the tests ------------------------------------------------------------------------
+
+CASES = [(leaf, name) for leaf, knob in KNOBS.items() for name in knob.changes.split()]
+
+
+@pytest.mark.parametrize("leaf,effect", CASES)
+def test_a_leaf_changes_what_it_is_there_for(leaf: str, effect: str):
+  knob = KNOBS[leaf]
+  before = effect_of(effect, knob.beside)
+  assert before  # not nothing, compared with nothing
+  after = EFFECTS[effect](make_config(knob.beside | {leaf: knob.value}))
+  assert after != before
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_the_same_config_has_the_same_effects(effect: str):
+  """Else every leaf would seem to be alive."""
+  assert EFFECTS[effect](make_config({})) == effect_of(effect, {})
+
+
+def test_every_leaf_is_listed():
+  raw = base.get_config()
+  raw.elit = ConfigDict(PART)
+  leaves = files.flatten(raw.to_dict())
+  assert set(leaves) == set(KNOBS)
+  assert len(leaves) <= MOST_LEAVES
+
+
+@pytest.mark.parametrize("module", [base, digits, elit_sit])
+def test_a_config_has_no_leaves_but_these(module):
+  config = module.get_config()
+  assert set(files.flatten(config.to_dict())) <= {*KNOBS, "data.options"}
+
+
+def test_an_unused_mechanism_has_no_leaves():
+  assert "elit" not in base.get_config()
+  assert "elit" not in elit_sit.get_config("XL/2,plain")
+  assert make_config({}).elit is None
