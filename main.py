@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from elit_jax import config as config_lib
 from elit_jax import files
-from elit_jax.errors import ConfigError, nearest
+from elit_jax.errors import ConfigError, TrainingStopped, nearest
 
 OVERRIDE = re.compile(r"--?(?:no)?(config\.[^=]+)")
 CONFIG_FILE = re.compile(r"--?config(?:=(.*))?$", re.DOTALL)
@@ -172,13 +172,16 @@ def set_up_logging() -> None:
 
 
 def cli() -> None:
-  """Runs main; wrong input is one sentence on stderr and exit status 2."""
+  """Runs main; what goes wrong is one sentence on stderr: input 2, training 1."""
   set_up_logging()
   try:
     app.run(main, flags_parser=checked_flags)
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except TrainingStopped as error:
+    print(f"stopped: {error}", file=sys.stderr)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

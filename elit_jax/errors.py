@@ -11,6 +11,10 @@ class ConfigError(ValueError):
   """
 
 
+class TrainingStopped(RuntimeError):
+  """Training cannot go on, and why; what was saved stays."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
   """The known word most like `word`."""
   return max(known, key=lambda k: difflib.SequenceMatcher(None, word, k).ratio())

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -115,7 +114,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   seconds = {}
   start = time.monotonic()
   rows = rows_of(config, model)
-  draws, losses = compile_all(config, model, rows, len(held_out))
+  draws, losses = compile_all(config, model, rows)
   seconds["compile_eval"] = time.monotonic() - start
 
   start = time.monotonic()
@@ -156,11 +155,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 
 def compile_all(
-  config: Config, model: spec.Model, rows: Sequence[Row], images: int
+  config: Config, model: spec.Model, rows: Sequence[Row]
 ) -> tuple[list[Callable], dict[Budget, Callable]]:
-  """The samplers of all rows, and the losses of all budgets on so many images, compiled
-  side by side.
-  """
+  """The samplers of all rows and the losses of all budgets, compiled side by side."""
   budgets = [row.phase.budget for row in rows if row.phase.guidance is None]
   progress = Progress("compile", len(rows) + len(budgets))
 
@@ -172,7 +169,8 @@ def compile_all(
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     samplers = [pool.submit(sampler, row) for row in rows]
-    losses = [pool.submit(compile_loss, config, model, b, images) for b in budgets]
+    size = config.train.batch_size
+    losses = [pool.submit(compile_loss, config, model, b, size) for b in budgets]
     running = concurrent.futures.as_completed([*samplers, *losses])
     for done, future in enumerate(running, 1):
       future.result()
@@ -184,10 +182,9 @@ def compile_all(
 
 
 def compile_loss(
-  config: Config, model: spec.Model, budget: Budget, count: int
+  config: Config, model: spec.Model, budget: Budget, size: int
 ) -> Callable:
-  """(params, images, labels, draws (R,)) to the loss of every image and draw (I, R),
-  for I = `count` images.
+  """(params, batch of `size` images, draws (R,)) to the loss of each (size, R).
 
   Noise and time are keyed by (eval.seed, draw, image): the same at every budget.
   """
@@ -195,46 +192,50 @@ def compile_loss(
     process(config.flow.path), time_sampler(config.flow.time), 0.0, lambda label: label
   )
 
-  def loss(params: Any, images: Any, labels: Any, draws_R: Any) -> jax.Array:
+  def loss(params: Any, batch: dict[str, jax.Array], draws_R: jax.Array) -> jax.Array:
     def network(x: jax.Array, t_B: jax.Array, label_B: jax.Array) -> denoiser.Output:
       return denoiser.apply(model, params, x, t_B, label_B, budget)
 
     def one(draw: jax.Array) -> jax.Array:
       key = jax.random.fold_in(jax.random.key(config.eval.seed), draw)
-      position = jnp.arange(len(images), dtype=jnp.int32)
-      batch = {"image": images, "label": labels, "position": position}
       t_B, noise, label_B = flow.draw(key, batch)
-      return velocity_loss(network, flow.path, images, noise, t_B, label_B)[0]
+      return velocity_loss(network, flow.path, batch["image"], noise, t_B, label_B)[0]
 
     return jax.lax.map(one, draws_R).T
 
-  return (
-    jax.jit(loss)
-    .lower(
-      denoiser.abstract_params(model),
-      jax.ShapeDtypeStruct((count, *config.data.shape), np.float32),
-      jax.ShapeDtypeStruct((count,), np.int32),
-      jax.ShapeDtypeStruct((config.eval.draws,), np.int32),
-    )
-    .compile()
-  )
+  batch = {
+    "image": jax.ShapeDtypeStruct((size, *config.data.shape), np.float32),
+    "label": jax.ShapeDtypeStruct((size,), np.int32),
+    "position": jax.ShapeDtypeStruct((size,), np.int32),
+  }
+  draws = jax.ShapeDtypeStruct((config.eval.draws,), np.int32)
+  return jax.jit(loss).lower(denoiser.abstract_params(model), batch, draws).compile()
 
 
 def validation_losses(
   config: Config, losses: dict[Budget, Callable], params: Any, held_out: Source
 ) -> dict[Budget, np.ndarray]:
-  """Loss of every held-out image and draw (I, R) by budget."""
-  examples = [held_out[i] for i in range(len(held_out))]
-  images = np.stack([example["image"] for example in examples])
-  labels = np.array([example["label"] for example in examples], np.int32)
+  """Loss of every held-out image and draw (I, R) by budget, a training batch at once.
+
+  The last batch is filled up with the last image.
+  """
+  size, count = config.train.batch_size, len(held_out)
   draws = np.arange(config.eval.draws, dtype=np.int32)
   params = jax.device_put(params, jax.devices()[0])
-  progress = Progress("validate", len(losses), len(images) * len(draws))
-  out = {}
-  for done, (budget, loss) in enumerate(losses.items(), 1):
-    out[budget] = np.asarray(loss(params, images, labels, draws), np.float64)
-    progress.update(done, {f"loss/{budget}": out[budget].mean()})
-  return out
+  progress = Progress("validate", count, len(losses) * len(draws))
+  parts: dict[Budget, list[np.ndarray]] = {budget: [] for budget in losses}
+  for first in range(0, count, size):
+    position = np.minimum(np.arange(first, first + size, dtype=np.int32), count - 1)
+    examples = [held_out[int(i)] for i in position]
+    batch = {
+      "image": np.stack([example["image"] for example in examples]),
+      "label": np.array([example["label"] for example in examples], np.int32),
+      "position": position,
+    }
+    for budget, loss in losses.items():
+      parts[budget].append(np.asarray(loss(params, batch, draws), np.float64))
+    progress.update(min(first + size, count))
+  return {budget: np.concatenate(part)[:count] for budget, part in parts.items()}
 
 
 def draw_row(

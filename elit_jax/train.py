@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from clu import parameter_overview
 from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
@@ -23,7 +24,7 @@ from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
 from elit_jax.data.pipeline import Loader
 from elit_jax.data.sources import Source, make_source
-from elit_jax.errors import ConfigError
+from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.flow.matching import FlowMatching
 from elit_jax.flow.process import process
 from elit_jax.flow.times import time_sampler
@@ -35,10 +36,6 @@ Metrics = dict[str, jax.Array]
 Step = Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]
 
 BATCH_KEYS = ("image", "label", "position")
-
-
-class TrainingStopped(RuntimeError):
-  """Training cannot go on, and why."""
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
@@ -58,7 +55,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     loader = Loader(source, config.train.batch_size, config.seed)
     state, window = restore_or_init(config, model, mesh, checkpoints, loader)
     start = int(state["step"])
-    log_model(model, config, start)
+    log_model(model, config, workdir, start)
     if start >= config.train.steps:
       logging.info("nothing to train: the checkpoint has %d steps already", start)
       return
@@ -388,10 +385,21 @@ class Clock:
     files.write_json(self._path, self._seconds)
 
 
-def log_model(model: spec.Model, config: Config, step: int) -> None:
-  """One line on what is trained."""
+def log_model(
+  model: spec.Model, config: Config, workdir: pathlib.Path, step: int
+) -> None:
+  """What is trained: a line on screen, every array in parameters.txt."""
   counts = denoiser.parameter_counts(model, config.data.shape)
   fixed = counts.pop("position_table")
-  table = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-  logging.info("parameters: %s (and %s fixed) | %s", sum(counts.values()), fixed, table)
-  logging.info("training from step %d to %d", step, config.train.steps)
+  logging.info(
+    "%s | %s parameters, and %s fixed | step %d to %d",
+    config.model.preset,
+    f"{sum(counts.values()):,}",
+    f"{fixed:,}",
+    step,
+    config.train.steps,
+  )
+  overview = parameter_overview.get_parameter_overview(
+    denoiser.abstract_params(model), include_stats=False
+  )
+  (workdir / "parameters.txt").write_text(overview + "\n", encoding="utf-8")

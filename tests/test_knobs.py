@@ -8,7 +8,8 @@ import hashlib
 import pathlib
 import re
 import tempfile
-from types import SimpleNamespace
+from collections.abc import Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ class Knob(NamedTuple):
 
   value: Any
   changes: str
-  beside: dict[str, Any] = {}
+  beside: Mapping[str, Any] = MappingProxyType({})
 
 
 PART = {"window": (2, 2), "head": 1, "tail": 1, "write_depth": 1, "sees": "all"}
@@ -96,7 +97,7 @@ KNOBS = {
 }
 
 
-def make_config(leaves: dict[str, Any]) -> config_lib.Config:
+def make_config(leaves: Mapping[str, Any]) -> config_lib.Config:
   raw = base.get_config()
   for name, value in leaves.items():
     *parts, last = name.split(".")
@@ -254,7 +255,7 @@ EFFECTS = {
 _seen: dict[tuple[str, str], Any] = {}
 
 
-def effect_of(name: str, leaves: dict[str, Any]) -> Any:
+def effect_of(name: str, leaves: Mapping[str, Any]) -> Any:
   key = (name, repr(sorted(leaves.items())))
   if key not in _seen:
     _seen[key] = EFFECTS[name](make_config(leaves))
@@ -271,7 +272,7 @@ def test_a_leaf_changes_what_it_is_there_for(leaf: str, effect: str):
   knob = KNOBS[leaf]
   before = effect_of(effect, knob.beside)
   assert before  # not nothing, compared with nothing
-  after = EFFECTS[effect](make_config(knob.beside | {leaf: knob.value}))
+  after = EFFECTS[effect](make_config({**knob.beside, leaf: knob.value}))
   assert after != before
 
 

@@ -1,4 +1,4 @@
-"""How data becomes noise: interpolants x_t = alpha x_0 + sigma noise, t = 1 is noise."""
+"""How data becomes noise: x_t = alpha x_0 + sigma noise, where t = 1 is noise."""
 
 import math
 from collections.abc import Callable

@@ -22,7 +22,7 @@ SIZES = {
   "L": Size(24, 1024, 16),  # 458,086,416
   "XL": Size(28, 1152, 16),  # 675,111,184
   # Ours, for a laptop: the quickstart and the tests.
-  "digits": Size(5, 64, 4),
+  "digits": Size(5, 128, 4),
   "tiny": Size(4, 32, 2),
 }
 # SiT predicts velocity; DiT's networks have a second half of learned variances.

@@ -142,7 +142,8 @@ def grid_of(model: Model, shape: Sequence[int]) -> Grid:
     )
   if shape[-1] != model.channels:
     raise ConfigError(
-      f"sample shape {tuple(shape)} has {shape[-1]} channels, the model {model.channels}"
+      f"sample shape {tuple(shape)} has {shape[-1]} channels, "
+      f"the model {model.channels}"
     )
   if any(s % p for s, p in zip(space, model.patch, strict=True)):
     raise ConfigError(f"patch {model.patch} does not divide the sample shape {space}")

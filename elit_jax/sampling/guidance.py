@@ -45,7 +45,7 @@ def guided(strong: Predict, weak: Predict) -> Predict:
 
 
 def guided_jointly(network: Predict, null: Null) -> Predict:
-  """Classifier-free guidance at one budget, as one call on a batch of twice the size."""
+  """Classifier-free guidance at one budget, as one call on a doubled batch."""
 
   def predict(
     cache: Cache, x: jax.Array, at: At, cond: jax.Array

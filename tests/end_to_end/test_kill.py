@@ -1,4 +1,4 @@
-"""Nothing is lost: a run that was killed and started again is the run never interrupted.
+"""Nothing is lost: a run killed and started again is the run never interrupted.
 
 Real processes, real signals. The delays are random; their seed is printed, and the
 environment variable ELIT_KILL_SEED brings a failure back.

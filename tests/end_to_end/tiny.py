@@ -1,4 +1,4 @@
-"""The smallest elastic run: two budgets, a checkpoint every 5 steps, rows in between."""
+"""The smallest elastic run: two budgets, often saved, with rows in between."""
 
 from ml_collections import ConfigDict
 

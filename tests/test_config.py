@@ -1,0 +1,274 @@
+"""The edge: configs become typed records, and say what is wrong with them."""
+
+import copy
+import dataclasses
+import importlib
+import itertools
+import json
+import math
+import pathlib
+import typing
+
+import numpy as np
+import pytest
+
+from configs import base, digits, elit_sit
+from elit_jax import config as config_lib
+from elit_jax import files, train
+from elit_jax.data import sources
+from elit_jax.errors import ConfigError
+from elit_jax.models import spec
+from elit_jax.models.elastic import SPLITS
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SIZES, PATCHES, PIXELS = ("S", "B", "L", "XL"), ("2", "4", "8"), ("256", "512")
+
+
+def plain(config) -> dict:
+  """A config as JSON would keep it, so that leaves can be set to anything."""
+  return json.loads(json.dumps(config.to_dict(), default=list))
+
+
+def changed(config: dict, name: str, value: typing.Any) -> dict:
+  """A copy of a config with one leaf changed."""
+  root = copy.deepcopy(config)
+  *parts, last = name.split(".")
+  node = root
+  for part in parts:
+    node = node[part]
+  node[last] = value
+  return root
+
+
+BASE, DIGITS = plain(base.get_config()), plain(digits.get_config())
+# The leaves of the experiment with all parts; a source's options are its own.
+LEAVES = [
+  name
+  for name in files.flatten(DIGITS)
+  if name != "data.options" and not name.startswith("data.options.")
+]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")))
+def test_every_config_resolves(path):
+  if path.stem == "__init__":
+    return
+  module = importlib.import_module(f"configs.{path.stem}")
+  config = config_lib.resolve(module.get_config())
+  assert config_lib.resolve(config_lib.to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+  "arg", [",".join(p) for p in itertools.product(SIZES, (*SPLITS, "plain"), PIXELS)]
+)
+def test_every_elit_sit_resolves(arg):
+  size, split, pixels = arg.split(",")
+  for patch in PATCHES:
+    config = config_lib.resolve(elit_sit.get_config(f"{size}/{patch},{split},{pixels}"))
+    model = config_lib.build_model(config)
+    side = int(pixels) // 8 // int(patch)
+    assert spec.grid_of(model, config.data.shape) == (side, side)
+    read = spec.find(model, spec.Read)
+    assert (read is None) == (split == "plain")
+    if read is not None:
+      groups = side * side // math.prod(read.window)
+      assert groups == (8 // int(patch)) ** 2  # 16 at patch 2
+      assert len(config.budgets) == math.prod(read.window)
+      blocks = [s.count for s in model.trunk if isinstance(s, spec.Blocks)]
+      assert (blocks[0], blocks[-1]) == SPLITS[split][size]
+    assert config_lib.resolve(config_lib.to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+  ("arg", "named"),
+  [
+    ("XL/16", r"group \(4, 4\) does not divide the token grid \(2, 2\)"),
+    ("XL/3", r"patch \(3, 3\) does not divide"),
+    ("XL/0", "unknown preset 'SiT-XL/0'"),
+    ("XL", "unknown preset 'SiT-XL': did you mean SiT-XL/2"),
+    ("digits/2", "no released split for size 'digits'"),
+    ("H/2,plain", "unknown preset 'SiT-H/2'"),
+    ("XL/2,paper,1024", r"256\|512"),
+    ("XL/2,,256", r"released\|paper\|plain"),
+  ],
+)
+def test_an_illegal_elit_sit_is_an_error_not_a_crash(arg, named):
+  with pytest.raises(ConfigError, match=named):
+    config_lib.resolve(elit_sit.get_config(arg))
+
+
+def test_the_base_config_stays_small():
+  assert len(files.flatten(BASE)) <= 60
+
+
+def test_what_comes_out_is_typed_and_frozen():
+  config = config_lib.resolve(digits.get_config())
+
+  def check(record):
+    for name, hint in typing.get_type_hints(type(record)).items():
+      value = getattr(record, name)
+      if dataclasses.is_dataclass(value):
+        check(value)
+      elif typing.get_origin(hint) is tuple:
+        kind = typing.get_args(hint)[0]
+        assert isinstance(value, tuple) and all(type(v) is kind for v in value), name
+      elif isinstance(hint, type):
+        assert type(value) is hint, name
+
+  check(config)
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.seed = 1
+
+
+def test_whole_numbers_will_do_for_fractions_and_numbers_for_budgets():
+  config = changed(changed(DIGITS, "guidance.scale", 2), "budgets", [0.25, 1.0, "k1"])
+  config = config_lib.resolve(config)
+  assert type(config.guidance.scale) is float
+  assert config.budgets == ("0.25", "1.0", "k1")
+  model = config_lib.build_model(config)
+  assert [b.latents for b in config_lib.budgets(config, model)] == [4, 16, 1]
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_leaf_of_the_wrong_type_is_named(leaf):
+  right = files.flatten(DIGITS)[leaf]
+  wrong = [None, {"a": 1}, object()]
+  wrong += ["text"] if not isinstance(right, str) else [1, 1.5, True]
+  wrong += [1.5] if isinstance(right, int) else []
+  wrong += [True] if isinstance(right, int) and not isinstance(right, bool) else []
+  wrong += [[None], [[1]], 3] if isinstance(right, list) else [[right]]
+  for value in wrong:
+    with pytest.raises(ConfigError) as error:
+      config_lib.resolve(changed(DIGITS, leaf, value))
+    assert f"config.{leaf}" in str(error.value), value
+    assert repr(value)[:20].strip("[]") in str(error.value)
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_missing_or_misspelt_leaf_is_named(leaf):
+  *parts, last = leaf.split(".")
+  config = copy.deepcopy(DIGITS)
+  node = config
+  for part in parts:
+    node = node[part]
+  value = node.pop(last)
+  with pytest.raises(ConfigError, match=f"config.{leaf} is missing"):
+    config_lib.resolve(config)
+  node[last] = value
+  node[f"{last}x"] = value
+  with pytest.raises(ConfigError, match=f"unknown .*{leaf}x: .*config.{leaf}\\?"):
+    config_lib.resolve(config)
+
+
+def test_a_part_that_is_a_leaf_is_named():
+  for part in ("model", "train", "elit"):
+    with pytest.raises(ConfigError, match=f"config.{part} is 3"):
+      config_lib.resolve(changed(DIGITS, part, 3))
+
+
+def test_every_number_has_a_rule():
+  """A new number is not forgotten: it stands in RULES, or here with who checks it."""
+  elsewhere = {
+    "elit.head": "elastic.elit",
+    "elit.tail": "elastic.elit",
+    "elit.write_depth": "elastic.elit",
+    "guidance.scale": "Guidance",
+    "guidance.low": "Guidance",
+    "guidance.high": "Guidance",
+  }
+  numbers = {
+    name
+    for name, value in files.flatten(DIGITS).items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+  }
+  ruled = [name for names, _, _ in config_lib.RULES for name in names]
+  assert len(ruled) == len(set(ruled))
+  assert {*ruled, *elsewhere} == numbers
+
+
+@pytest.mark.parametrize(
+  "leaf", [name for names, _, _ in config_lib.RULES for name in names]
+)
+@pytest.mark.parametrize("value", [-1, math.nan])
+def test_no_number_may_be_negative_or_nan(leaf, value):
+  if isinstance(files.flatten(BASE)[leaf], int) and value != -1:
+    return  # the wrong type, which another test sees
+  with pytest.raises(ConfigError, match=f"config.{leaf} is {value}"):
+    config_lib.resolve(changed(BASE, leaf, value))
+
+
+def test_infinity_survives_json():
+  config = config_lib.resolve(changed(BASE, "optim.clip", math.inf))
+  text = json.dumps(config_lib.to_json(config), allow_nan=False)
+  assert config_lib.resolve(json.loads(text)) == config
+  assert config.optim.clip == math.inf
+
+
+def test_what_changes_the_model_is_a_difference():
+  old = config_lib.to_json(config_lib.resolve(DIGITS))
+
+  def differences(leaf, value):
+    new = config_lib.to_json(config_lib.resolve(changed(DIGITS, leaf, value)))
+    return config_lib.model_differences(old, new)
+
+  assert config_lib.model_differences(old, old) == []
+  for leaf, value in {
+    "model.preset": "DiT-digits/1",
+    "model.classes": 11,
+    "model.qk_norm": True,
+    "elit.head": 2,
+    "elit.tail": 1,
+    "elit.write_depth": 2,
+    "elit.sees": "kept",
+    "elit.window": [2, 8],
+    "flow.path": "cosine",
+  }.items():
+    (found,) = differences(leaf, value)
+    was = files.flatten(old)[leaf]
+    assert found == f"{leaf} was {was!r}, is {value!r}"
+  for leaf, value in {
+    "seed": 1,
+    "model.dtype": "bfloat16",
+    "model.remat": True,
+    "model.scan": False,
+    "budgets": ["k1"],
+    "flow.time": "uniform",
+    "flow.label_dropout": 0.2,
+    "train.steps": 7,
+    "optim.lr": 1.0,
+    "sample.seed": 3,
+    "guidance.scale": 2.0,
+  }.items():
+    assert differences(leaf, value) == []
+
+
+def test_a_mechanism_more_or_less_is_a_difference():
+  elastic = config_lib.to_json(config_lib.resolve(DIGITS))
+  rigid = copy.deepcopy(DIGITS)
+  del rigid["elit"]
+  rigid["budgets"] = ["100%"]
+  rigid = config_lib.to_json(config_lib.resolve(rigid))
+  for old, new in ((elastic, rigid), (rigid, elastic)):
+    found = config_lib.model_differences(old, new)
+    assert any(line.startswith("elit.window was ") for line in found)
+
+
+def test_the_data_of_every_config_fits_it():
+  for module, args in ((base, ()), (digits, ()), (elit_sit, ("S/2",))):
+    config = config_lib.resolve(module.get_config(*args))
+    for split in sources.SPLITS:
+      source = train.open_source(config, split)
+      assert source[0]["image"].shape == config.data.shape
+      assert source.classes == config.model.classes
+      labels = [int(source[i]["label"]) for i in range(min(200, len(source)))]
+      assert min(labels) >= 0 and max(labels) < source.classes
+
+
+def test_weights_may_be_left_out_or_zero_for_some():
+  config = config_lib.resolve(changed(DIGITS, "budget_weights", [0, 0, 1, 0, 3]))
+  assert config.budget_weights == (0.0, 0.0, 1.0, 0.0, 3.0)
+  model = config_lib.build_model(config)
+  assert len(config_lib.budgets(config, model)) == 5
+  for weights in ([1.0], [1, 1, 1, 1, -1], [0] * 5, [np.inf, 1, 1, 1, 1]):
+    with pytest.raises(ConfigError, match="must be 5 numbers"):
+      config_lib.resolve(changed(DIGITS, "budget_weights", weights))
