@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
       "data": {
         "source": "synthetic",  # see elit_jax/data/sources.py
         "shape": (8, 8, 1),  # of a sample: (*space, channels)
-        "options": {"count": 1024, "shape": (8, 8, 1), "classes": 10},  # the source's
       },
       # What a training step may cost, drawn anew each step (DESIGN: "k4" latents a
       # group, "n64" an image, "25%" of all); weights () means uniform.

@@ -24,7 +24,6 @@ def get_config() -> ConfigDict:
     }
   )
   config.data.source = "digits"
-  config.data.options = ConfigDict()
   config.budgets = ("k1", "k2", "k3", "k4", "k8")
   # The full budget learns slowest and is judged hardest.
   config.budget_weights = (1.0, 1.0, 1.0, 1.0, 3.0)

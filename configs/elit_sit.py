@@ -30,9 +30,6 @@ def get_config(arg: str = "XL/2") -> ConfigDict:
   config.model.remat = True
   side = int(pixels) // 8
   config.data.shape = (side, side, 4)
-  config.data.options = ConfigDict(
-    {"count": 4096, "shape": (side, side, 4), "classes": 1000}
-  )
   config.train.steps = 400_000
   config.train.batch_size = 256
   config.train.log_every = 100

@@ -46,7 +46,6 @@ class ElitConfig:
 class DataConfig:
   source: str
   shape: tuple[int, ...]
-  options: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +171,7 @@ def check(config: Config) -> None:
   process(config.flow.path)
   time_sampler(config.flow.time)
   stepper(config.sample.solver)
-  sources.check_source(config.data.source, config.data.options)
+  sources.check_source(config.data.source)
   if config.model.dtype not in ("float32", "bfloat16"):
     raise ConfigError(
       f"config.model.dtype is {config.model.dtype!r}: use 'float32' or 'bfloat16'"

@@ -183,7 +183,6 @@ def test_a_shape_can_be_overridden(run_main, capsys):
     capsys,
     "--config=configs/base.py",
     f"--config.data.shape={shape}",
-    f"--config.data.options.shape={shape}",
   )
   assert found["sample_shape"] == [16, 8, 3] and found["token_grid"] == [8, 4]
 
@@ -380,7 +379,6 @@ def test_a_report_without_a_judge(tiny_run, workdir):
     workdir,
     ONE,
     "--config.data.source=synthetic",
-    "--config.data.options={'count': 4}",
     "--config.eval.guidance_scale=1",
   )
   folder = workdir / "report"

@@ -41,12 +41,8 @@ def changed(config: dict, name: str, value: typing.Any) -> dict:
 
 
 BASE, DIGITS = plain(base.get_config()), plain(digits.get_config())
-# The leaves of the experiment with all parts; a source's options are its own.
-LEAVES = [
-  name
-  for name in files.flatten(DIGITS)
-  if name != "data.options" and not name.startswith("data.options.")
-]
+# The leaves of the experiment with all parts.
+LEAVES = list(files.flatten(DIGITS))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")))

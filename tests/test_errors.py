@@ -204,14 +204,9 @@ CASES = {
   "labels outside the classes": Case(
     train(DIGITS, "model.classes=5"), ("label 9", "5 classes")
   ),
-  "synthetic labels outside": Case(
-    train(BASE, "data.options.classes=11"), ("label 10", "10 classes")
-  ),
   "shape of other data": Case(
     train(DIGITS, "data.shape=(16,16,1)"), ("(16, 16, 1)", "(8, 8, 1)")
   ),
-  "empty data": Case(train(BASE, "data.options.count=0"), ("count=0", "at least 1")),
-  "odd extent": Case(train(BASE, "data.options.shape=('a',4,1)"), ("'a'", "whole")),
   # Devices and folders.
   "batch does not divide": Case(
     train(BASE, "train.batch_size=24", "train.accumulation=2"), ("24", "multiple of 16")

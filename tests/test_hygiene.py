@@ -41,6 +41,7 @@ NEVER: dict[str, frozenset[str]] = {
   # The edge: they turn configs into models.
   "config": ENTRY_POINTS,
   "describe": ENTRY_POINTS,
+  "monitor": ENTRY_POINTS - {"sample"},
 }
 # Whoever has no row above. A new module that must see the models gets a row.
 NEVER_BY_DEFAULT = ENTRY_POINTS | {"models"}

@@ -26,7 +26,7 @@ from elit_jax import config as config_lib
 from elit_jax import files, logs, optim, sharding, train
 from elit_jax.budget import Budget, draw_budget
 from elit_jax.data.sources import ArraySource
-from elit_jax.errors import ConfigError
+from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.models import denoiser, presets, spec
 
 # Rates are of the clock; all else is the same however often a run was interrupted.
@@ -52,7 +52,7 @@ def raw_config(**leaves) -> ConfigDict:
   """A plain model on digits; leaves by dotted name, spelt with two underscores."""
   raw = base.get_config()
   raw.model.preset = "SiT-test/4"
-  raw.data.source, raw.data.options = "digits", ConfigDict()
+  raw.data.source = "digits"
   raw.train.batch_size = 8
   raw.sample.steps = 2
   raw.update({"elit": leaves.pop("elit")} if "elit" in leaves else {})
@@ -637,9 +637,7 @@ def poisoned(good: int) -> ArraySource:
 
 def test_too_many_bad_steps_stop_the_run(finished, resumed, monkeypatch):
   monkeypatch.setattr(train, "open_source", lambda config: poisoned(0))
-  with pytest.raises(
-    train.TrainingStopped, match="for 4 steps in a row, up to step 34"
-  ):
+  with pytest.raises(TrainingStopped, match="for 4 steps in a row, up to step 34"):
     resumed(train__max_bad_steps=4, train__log_every=2)
   rows = logs.read_rows(resumed.workdir / "metrics.jsonl")
   assert rows[-1]["step"] == 32 and rows[-1]["bad_steps"] == 2

@@ -5,7 +5,6 @@ its row in the full set whatever the split.
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ Example = dict[str, Any]
 SPLITS = ("train", "held_out", "all")
 
 _DIGITS_TRAIN = 1500
+SYNTHETIC_COUNT = 1024  # examples of a split
 # Not a seed to play with: another value would move examples between the splits.
 _DIGITS_SPLIT_KEY = 2026
 
@@ -134,43 +134,29 @@ def synthetic(
   return SyntheticSource(first, length, tuple(shape), classes)
 
 
-def _synthetic_entry(
-  split: str = "train",
-  count: int = 1024,
-  shape: Sequence[int] = (8, 8, 1),
-  classes: int = 10,
-) -> SyntheticSource:
-  return synthetic(count, shape, classes, split)
-
-
-# A new source is one more entry: a function of the split and of its own options.
-SOURCES: Mapping[str, Callable[..., Source]] = {
-  "digits": digits,
-  "synthetic": _synthetic_entry,
+# A new source is one more entry: a function of the split, and of the shape and classes
+# that the config asks for. A source of fixed shape ignores them; who opens it compares.
+SOURCES: Mapping[str, Callable[[str, tuple[int, ...], int], Source]] = {
+  "digits": lambda split, shape, classes: digits(split),
+  "synthetic": lambda split, shape, classes: synthetic(
+    SYNTHETIC_COUNT, shape, classes, split
+  ),
 }
 
 
-def make_source(name: str, split: str = "train", **options: Any) -> Source:
-  """The source called `name` in SOURCES; an unknown name or option is a ConfigError."""
-  check_source(name, options)
-  return SOURCES[name](split, **options)
+def make_source(name: str, split: str, shape: tuple[int, ...], classes: int) -> Source:
+  """The source called `name` in SOURCES, for samples of `shape`; see `check_source`."""
+  check_source(name)
+  return SOURCES[name](split, shape, classes)
 
 
-def check_source(name: str, options: Mapping[str, Any]) -> None:
-  """Raises ConfigError for an unknown name or option of a source."""
+def check_source(name: str) -> None:
+  """Raises ConfigError for an unknown source."""
   if name not in SOURCES:
     raise ConfigError(
       f"unknown data source {name!r}: known are {', '.join(sorted(SOURCES))}; "
       f"did you mean {nearest(name, SOURCES)!r}?"
     )
-  signature = inspect.signature(SOURCES[name])
-  try:
-    signature.bind("train", **options)
-  except TypeError as error:
-    raise ConfigError(
-      f"data source {name!r} does not take {dict(options)}: {error}; "
-      f"its options are {', '.join(list(signature.parameters)[1:]) or 'none'}"
-    ) from None
 
 
 def _check_split(split: str) -> None:

@@ -12,9 +12,8 @@ def get_config() -> ConfigDict:
   config.elit = ConfigDict(
     {"window": (2, 2), "head": 0, "tail": 0, "write_depth": 1, "sees": "all"}
   )
-  config.data.options.count = 300
   config.budgets = ("k1", "k4")
-  config.train.steps = 120
+  config.train.steps = 140  # more than an epoch
   config.train.batch_size = 8
   config.train.log_every = 7  # does not divide what lies between checkpoints
   config.optim.lr = 1e-3
