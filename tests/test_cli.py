@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import elastic
 import jax
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHAPE = (8, 8, 1)
 # 16 tokens in 4 groups of 4. Both ways of giving a flag are used.
 TINY = (
-  *("--config", "configs/digits.py", "--config.model.preset", "SiT-tiny/2"),
+  *("--config", "tests/elastic.py", "--config.model.preset", "SiT-tiny/2"),
   "--config.elit.window=(2,2)",
   "--config.train.steps=1",
   "--config.train.batch_size=16",
@@ -74,9 +75,7 @@ def workdir(trained, tmp_path) -> pathlib.Path:
 
 
 def tiny_config() -> config_lib.Config:
-  from configs import digits
-
-  config = digits.get_config()
+  config = elastic.get_config()
   config.model.preset = "SiT-tiny/2"
   config.elit.window = (2, 2)
   config.budgets = ("k1", "k4")
@@ -92,10 +91,8 @@ def described(run_main, capsys, *argv: str) -> dict:
 
 
 def test_describe_counts_what_the_model_counts(run_main, capsys):
-  found = described(run_main, capsys, "--config=configs/digits.py")
-  from configs import digits
-
-  config = config_lib.resolve(digits.get_config())
+  found = described(run_main, capsys, "--config=tests/elastic.py")
+  config = config_lib.resolve(elastic.get_config())
   model = config_lib.build_model(config)
   counts = denoiser.parameter_counts(model, SHAPE)
   fixed = counts.pop("position_table")
@@ -132,7 +129,7 @@ def test_describe_prints_every_stage_at_every_budget(run_main, capsys):
 
 
 def test_budgets_come_from_the_flag_or_the_config(run_main, capsys):
-  base, digits = "--config=configs/base.py", "--config=configs/digits.py"
+  base, digits = "--config=configs/base.py", "--config=tests/elastic.py"
 
   def budgets(*argv: str) -> list[str]:
     return list(described(run_main, capsys, *argv)["flops"])
@@ -169,7 +166,7 @@ def test_any_leaf_can_be_overridden(run_main, monkeypatch, flags, leaf, value):
     return resolved[-1]
 
   monkeypatch.setattr(config_lib, "resolve", keep)
-  run_main("--config=configs/digits.py", "--mode=describe", *flags)
+  run_main("--config=tests/elastic.py", "--mode=describe", *flags)
   found = resolved[-1]
   for name in leaf.split("."):
     found = getattr(found, name)

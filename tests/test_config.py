@@ -41,6 +41,7 @@ def changed(config: dict, name: str, value: typing.Any) -> dict:
 
 
 BASE, DIGITS = plain(base.get_config()), plain(digits.get_config())
+UNWEIGHTED = changed(DIGITS, "budget_weights", ())
 # The leaves of the experiment with all parts.
 LEAVES = list(files.flatten(DIGITS))
 
@@ -117,12 +118,13 @@ def test_what_comes_out_is_typed_and_frozen():
 
 
 def test_whole_numbers_will_do_for_fractions_and_numbers_for_budgets():
-  config = changed(changed(DIGITS, "guidance.scale", 2), "budgets", [0.25, 1.0, "k1"])
+  config = changed(UNWEIGHTED, "guidance.scale", 2)
+  config = changed(config, "budgets", [0.25, 1.0, "k1"])
   config = config_lib.resolve(config)
   assert type(config.guidance.scale) is float
   assert config.budgets == ("0.25", "1.0", "k1")
   model = config_lib.build_model(config)
-  assert [b.latents for b in config_lib.budgets(config, model)] == [4, 16, 1]
+  assert [b.latents for b in config_lib.budgets(config, model)] == [2, 8, 1]
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -135,7 +137,7 @@ def test_a_leaf_of_the_wrong_type_is_named(leaf):
   wrong += [[None], [[1]], 3] if isinstance(right, list) else [[right]]
   for value in wrong:
     with pytest.raises(ConfigError) as error:
-      config_lib.resolve(changed(DIGITS, leaf, value))
+      config_lib.resolve(changed(UNWEIGHTED, leaf, value))
     assert f"config.{leaf}" in str(error.value), value
     assert repr(value)[:20].strip("[]") in str(error.value)
 
@@ -201,22 +203,22 @@ def test_infinity_survives_json():
 
 
 def test_what_changes_the_model_is_a_difference():
-  old = config_lib.to_json(config_lib.resolve(DIGITS))
+  old = config_lib.to_json(config_lib.resolve(UNWEIGHTED))
 
   def differences(leaf, value):
-    new = config_lib.to_json(config_lib.resolve(changed(DIGITS, leaf, value)))
+    new = config_lib.to_json(config_lib.resolve(changed(UNWEIGHTED, leaf, value)))
     return config_lib.model_differences(old, new)
 
   assert config_lib.model_differences(old, old) == []
   for leaf, value in {
-    "model.preset": "DiT-digits/1",
+    "model.preset": "DiT-digits/2",
     "model.classes": 11,
     "model.qk_norm": True,
     "elit.head": 2,
     "elit.tail": 1,
     "elit.write_depth": 2,
     "elit.sees": "kept",
-    "elit.window": [2, 8],
+    "elit.window": [4, 4],
     "flow.path": "cosine",
   }.items():
     (found,) = differences(leaf, value)
@@ -240,7 +242,7 @@ def test_what_changes_the_model_is_a_difference():
 
 def test_a_mechanism_more_or_less_is_a_difference():
   elastic = config_lib.to_json(config_lib.resolve(DIGITS))
-  rigid = copy.deepcopy(DIGITS)
+  rigid = copy.deepcopy(UNWEIGHTED)
   del rigid["elit"]
   rigid["budgets"] = ["100%"]
   rigid = config_lib.to_json(config_lib.resolve(rigid))

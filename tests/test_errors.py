@@ -19,7 +19,7 @@ from elit_jax.errors import ConfigError, nearest
 from elit_jax.models import presets
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-BASE, DIGITS = "--config=configs/base.py", "--config=configs/digits.py"
+BASE, DIGITS = "--config=configs/base.py", "--config=tests/elastic.py"
 SIT = "--config=configs/elit_sit.py"
 DESCRIBE, TRAIN, SAMPLE = "--mode=describe", "--mode=train", "--mode=sample"
 NEW = "--workdir={tmp}/new"
@@ -128,9 +128,6 @@ CASES = {
   ),
   "unknown solver": Case(describe(BASE, "sample.solver=hein"), ("'hein'", "'heun'")),
   "unknown source": Case(describe(BASE, "data.source=digit"), ("'digit'", "'digits'")),
-  "option of another source": Case(
-    describe(BASE, "data.source=digits"), ("count", "none")
-  ),
   "sees some": Case(describe(DIGITS, "elit.sees=some"), ("'some'", "'all' or 'kept'")),
   # The model.
   "patch does not divide": Case(
