@@ -161,41 +161,46 @@ def kill_again_and_again(
 ) -> None:
   """Kills one process for each entry of `plan`, at random delays from its beginning.
 
-  start: after the start of the process. train: after the start of training. save: so,
-  and then as soon as a save is under way.
+  start: the start of the process. train: the start of training. later: the first
+  checkpoint that it adds. save: as later, and then as soon as a save is under way.
   """
   seed = int(os.environ.get("ELIT_KILL_SEED", random.randrange(10**6)))
   print(f"ELIT_KILL_SEED={seed}")  # noqa: T201  # shown by pytest where a test fails
   rng = random.Random(seed)
   plan = rng.sample(plan, len(plan))
-  # All of them together are half the training: it cannot end before the last kill.
-  longest = 0.5 * reference.seconds / len(plan)
+  # All of them together are less than half the training, and so are the checkpoints
+  # waited for: it cannot end before the last kill.
+  longest = 0.4 * reference.seconds / len(plan)
   for moment in plan:
     with Run(workdir, reference.environment) as run:
       if moment == "start":
         time.sleep(rng.uniform(0, 3))
       else:
+        known = saved_steps(workdir)
         run.until_warm()
+        if moment != "train":
+          run.wait_until(lambda known=known: set(saved_steps(workdir)) - set(known))
         time.sleep(rng.uniform(0, longest))
       if moment == "save":
         run.wait_until(run.unfinished_saves)
       run.kill()
       left = run.unfinished_saves()
-      steps = sorted(int(p.name) for p in _checkpoints(workdir) if p.name.isdigit())
-      print(f"killed at {moment}: saved {steps}, unfinished {left}")  # noqa: T201
+      kept = saved_steps(workdir)
+      print(f"killed at {moment}: saved {kept}, unfinished {left}")  # noqa: T201
     if moment == "save" and not left:
       plan.append("save")  # the save was quicker than the signal: once more
       assert len(plan) < 20, "no kill has met a save"
 
 
-def _checkpoints(workdir: pathlib.Path) -> list[pathlib.Path]:
+def saved_steps(workdir: pathlib.Path) -> list[int]:
   folder = workdir / "checkpoints"
-  return [*folder.iterdir()] if folder.is_dir() else []
+  names = os.listdir(folder) if folder.is_dir() else []
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 def test_killed_again_and_again(reference, tmp_path):
   workdir = tmp_path / "killed"
-  plan = ["start", "train", "train", "train", "save"]
+  plan = ["start", "train", "later", "later", "save"]
   kill_again_and_again(workdir, reference, plan)
   with Run(workdir, reference.environment) as run:
     assert run.end() == 0, run.said
@@ -209,7 +214,7 @@ def test_killed_more_often_and_compiled_anew(reference, tmp_path):
   """As above with all of XLA's optimisations, and every process compiles for itself."""
   plain = uninterrupted(tmp_path, {})
   workdir = tmp_path / "killed"
-  plan = ["start"] * 3 + ["train"] * 6 + ["save"] * 3
+  plan = ["start", "train", "later", "save"] * 2
   kill_again_and_again(workdir, plain, plan)
   with Run(workdir, {}) as run:
     assert run.end() == 0, run.said
