@@ -6,11 +6,11 @@ because a manager fixes one way of reading an item and holds barriers inside a r
 where a process that finds damage would leave the others waiting.
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,7 +29,7 @@ _TMP = ".orbax-checkpoint-tmp"
 _SHOWN = 5  # how many differing paths an error names
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager):
   """Saves and restores a state (a tree of arrays) with JSON data and the run's config.
 
   Saves run in the background; what is saved is the state as it was when `save` was
@@ -80,15 +80,7 @@ class Checkpointer:
       ),
     )
 
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     self.close()
 
   def steps(self) -> list[int]:

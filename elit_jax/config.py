@@ -14,7 +14,7 @@ from typing import Any
 from elit_jax import files
 from elit_jax.budget import Budget
 from elit_jax.data import sources
-from elit_jax.errors import ConfigError, nearest
+from elit_jax.errors import ConfigError, lookup, nearest
 from elit_jax.flow.process import process
 from elit_jax.flow.times import time_sampler
 from elit_jax.models import elastic, presets, spec
@@ -171,7 +171,7 @@ def check(config: Config) -> None:
   process(config.flow.path)
   time_sampler(config.flow.time)
   stepper(config.sample.solver)
-  sources.check_source(config.data.source)
+  lookup(sources.SOURCES, config.data.source, "data source")
   if config.model.dtype not in ("float32", "bfloat16"):
     raise ConfigError(
       f"config.model.dtype is {config.model.dtype!r}: use 'float32' or 'bfloat16'"

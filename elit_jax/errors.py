@@ -1,7 +1,10 @@
 """What a user is told when an input is wrong."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -18,3 +21,13 @@ class TrainingStopped(RuntimeError):
 def nearest(word: str, known: Iterable[str]) -> str:
   """The known word most like `word`."""
   return max(known, key=lambda k: difflib.SequenceMatcher(None, word, k).ratio())
+
+
+def lookup(table: Mapping[str, T], name: str, what: str) -> T:
+  """The entry of a table called `name`; ConfigError naming the nearest if unknown."""
+  if name not in table:
+    raise ConfigError(
+      f"unknown {what} {name!r}: did you mean {nearest(name, table)!r}? "
+      f"Known: {', '.join(table)}"
+    )
+  return table[name]

@@ -27,13 +27,18 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """A path beside `path`, with its suffix, that replaces it when the block succeeds."""
+  """A path beside `path`, with its suffix, that replaces it when the block succeeds.
+
+  What a killed process leaves there is overwritten by the next try.
+  """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-    partial = pathlib.Path(folder) / path.name
+  partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+  try:
     yield partial
     os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

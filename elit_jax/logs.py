@@ -1,14 +1,14 @@
 """What a run writes down: metrics as JSON lines and TensorBoard files, and its pace."""
 
 import collections
+import contextlib
 import json
 import math
 import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 _NON_FINITE = ("nan", "inf", "-inf")
 
 
-class JsonlWriter:
+class JsonlWriter(contextlib.AbstractContextManager):
   """Appends rows to a file of one JSON object a line.
 
   A number that is not finite is written as the string "nan", "inf" or "-inf", since
@@ -36,15 +36,7 @@ class JsonlWriter:
     _trim(self.path, resume_step)
     self._file = self.path.open("a", encoding="utf-8")
 
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     self.close()
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -58,7 +50,7 @@ class JsonlWriter:
     self._file.close()
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager):
   """Metrics to `<workdir>/metrics.jsonl` and to TensorBoard files in `<workdir>/tb`.
 
   `enabled=False`, for every process but the first, makes a writer that does nothing.
@@ -88,15 +80,7 @@ class Writer:
       filename_suffix=f".{os.getpid()}.{time.time_ns()}",
     )
 
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(
-    self,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: TracebackType | None,
-  ) -> None:
+  def __exit__(self, *error: object) -> None:
     self.close()
 
   def scalars(self, step: int, values: Mapping[str, Any]) -> None:

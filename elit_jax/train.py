@@ -1,6 +1,7 @@
 """Training: one loop, one step, one compiled program a budget."""
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import pathlib
@@ -46,10 +47,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   sample.check_same_model(workdir, config)
   clock = monitor.Clock(workdir / "timing.json")
 
-  with Checkpointer(
-    workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
-  ) as checkpoints:
-    loader = Loader(source, config.train.batch_size, config.seed)
+  with (
+    Checkpointer(
+      workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
+    ) as checkpoints,
+    contextlib.closing(Loader(source, config.train.batch_size, config.seed)) as loader,
+  ):
     state, window = restore_or_init(config, model, mesh, checkpoints, loader)
     start = int(state["step"])
     if start >= config.train.steps:
@@ -92,7 +95,6 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       log.flush()
     checkpoints.wait()
     clock.lap("train")
-  loader.close()
 
 
 def open_source(config: Config, split: str = "train") -> Source:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from elit_jax.errors import ConfigError, nearest
+from elit_jax.errors import ConfigError, lookup
 
 Example = dict[str, Any]
 
@@ -145,18 +145,8 @@ SOURCES: Mapping[str, Callable[[str, tuple[int, ...], int], Source]] = {
 
 
 def make_source(name: str, split: str, shape: tuple[int, ...], classes: int) -> Source:
-  """The source called `name` in SOURCES, for samples of `shape`; see `check_source`."""
-  check_source(name)
-  return SOURCES[name](split, shape, classes)
-
-
-def check_source(name: str) -> None:
-  """Raises ConfigError for an unknown source."""
-  if name not in SOURCES:
-    raise ConfigError(
-      f"unknown data source {name!r}: known are {', '.join(sorted(SOURCES))}; "
-      f"did you mean {nearest(name, SOURCES)!r}?"
-    )
+  """The source called `name` in SOURCES, for samples of `shape`; or a ConfigError."""
+  return lookup(SOURCES, name, "data source")(split, shape, classes)
 
 
 def _check_split(split: str) -> None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elit_jax.errors import ConfigError, nearest
+from elit_jax.errors import lookup
 
 Coefficient = Callable[[Any, Any], Any]
 
@@ -48,12 +48,7 @@ PROCESSES = {
 
 def process(name: str) -> Process:
   """The process called `name`; raises ConfigError if unknown."""
-  if name not in PROCESSES:
-    raise ConfigError(
-      f"unknown path {name!r}: did you mean {nearest(name, PROCESSES)!r}? "
-      f"Known: {', '.join(PROCESSES)}"
-    )
-  return PROCESSES[name]
+  return lookup(PROCESSES, name, "path")
 
 
 def corrupt(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from elit_jax.errors import ConfigError, nearest
+from elit_jax.errors import lookup
 from elit_jax.flow.process import Process
 
 TimeSampler = Callable[[Process, jax.Array], jax.Array]
@@ -27,9 +27,4 @@ TIMES: dict[str, TimeSampler] = {"uniform": uniform, "logit_normal": logit_norma
 
 def time_sampler(name: str) -> TimeSampler:
   """The training-time distribution called `name`; raises ConfigError if unknown."""
-  if name not in TIMES:
-    raise ConfigError(
-      f"unknown time distribution {name!r}: did you mean {nearest(name, TIMES)!r}? "
-      f"Known: {', '.join(TIMES)}"
-    )
-  return TIMES[name]
+  return lookup(TIMES, name, "time distribution")

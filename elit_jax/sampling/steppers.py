@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elit_jax.errors import ConfigError, nearest
+from elit_jax.errors import lookup
 from elit_jax.flow.process import Process, score_coefficients
 from elit_jax.sampling.guidance import At, Cache, Predict
 
@@ -126,12 +126,7 @@ STEPPERS = {
 
 def stepper(name: str) -> Stepper:
   """The solver called `name`; raises ConfigError if unknown."""
-  if name not in STEPPERS:
-    raise ConfigError(
-      f"unknown solver {name!r}: did you mean {nearest(name, STEPPERS)!r}? "
-      f"Known: {', '.join(STEPPERS)}"
-    )
-  return STEPPERS[name]
+  return lookup(STEPPERS, name, "solver")
 
 
 def on_device(arrays: Any) -> Any:

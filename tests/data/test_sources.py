@@ -85,7 +85,7 @@ def test_every_source_of_the_table_keeps_the_contract(name):
 
 
 def test_wrong_input_names_what_would_be_right():
-  with pytest.raises(ConfigError, match=r"'digit'.*digits, synthetic.*'digits'"):
+  with pytest.raises(ConfigError, match=r"'digit'.*'digits'.*digits, synthetic"):
     sources.make_source("digit", "train", (8, 8, 1), 10)
   with pytest.raises(ConfigError, match=r"'test'.*train, held_out, all"):
     sources.digits("test")
