@@ -21,7 +21,7 @@ from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.sources import Source
 from elit_jax.eval import digits, report
-from elit_jax.eval.metrics import clustered_mean, paired_tests
+from elit_jax.eval.metrics import clustered_mean, paired_difference, paired_tests
 from elit_jax.flow.matching import FlowMatching, velocity_loss
 from elit_jax.flow.process import process
 from elit_jax.flow.times import time_sampler
@@ -309,11 +309,17 @@ def figures_of(
 
 
 def loss_figures(row: Row, loss_IR: dict[Budget, np.ndarray]) -> dict[str, Any]:
-  """Validation loss of a row's budget; guidance has none of its own, nor an error."""
-  mean, error = clustered_mean(loss_IR[row.phase.budget])
+  """Validation loss of a row's budget; guidance has none of its own, nor an error.
+
+  The paired error is that of the difference from the largest budget's loss.
+  """
+  own, largest = loss_IR[row.phase.budget], next(iter(loss_IR.values()))
+  mean, error = clustered_mean(own)
+  _, paired = paired_difference(own, largest)
   return {
     "validation_loss": mean,
     "validation_loss_se": None if row.phase.guidance else error,
+    "validation_loss_paired_se": None if row.phase.guidance else paired,
   }
 
 

@@ -38,6 +38,7 @@ ROW_KEYS = (
   "ms_per_image_runs",
   "validation_loss",
   "validation_loss_se",
+  "validation_loss_paired_se",
   "recognised",
   "frechet_raw_pixels",
   "nearest_train_distance",
@@ -133,9 +134,10 @@ def tradeoff_png(
   """Draw quality (validation loss above, fraction recognised below) against GFLOPs an
   image (left) and measured ms an image (right).
 
-  Vertical bars are one standard error (binomial for the fraction), horizontal ones span
-  the timed runs. Guided rows appear below only; `reference["recognised_ceiling"]`, if
-  given, is drawn as a line.
+  Vertical bars are one standard error (binomial for the fraction; for the loss that of
+  its paired difference from the largest budget's), horizontal ones span the timed runs.
+  Guided rows appear below only; `reference["recognised_ceiling"]`, if given, is drawn as
+  a line.
   """
   plain = [row for row in rows if row["kind"] == "plain"]
   guided = [row for row in rows if row["kind"] != "plain"]
@@ -184,8 +186,8 @@ def tradeoff_png(
   panels[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %"))
   panels[1, 0].set_ylim(top=min(panels[1, 0].get_ylim()[1], 1.005))
   notes = (
-    "Vertical bars: one standard error. Budgets share images, noise and\n"
-    "times: their differences in loss are surer than the bars suggest.",
+    "Vertical bars: one standard error; for the loss, of its difference\n"
+    "from the largest budget's, on the same images, noise and times.",
     "Horizontal bars: range of the timed runs.",
   )
   for axes, note in zip(panels[0], notes, strict=True):
@@ -308,7 +310,7 @@ def _draw_points(
   if value == "recognised":
     errors = [math.sqrt(r[value] * (1 - r[value]) / r["samples"]) for r in rows]
   else:
-    errors = [row.get(f"{value}_se") or 0.0 for row in rows]
+    errors = [row.get("validation_loss_paired_se") or 0.0 for row in rows]
   x = np.array([row[cost] for row in rows])
   spans = np.zeros((2, len(rows)))
   if cost == "ms_per_image":
