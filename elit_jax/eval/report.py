@@ -136,8 +136,7 @@ def tradeoff_png(
 
   Vertical bars are one standard error (binomial for the fraction; for the loss that of
   its paired difference from the largest budget's), horizontal ones span the timed runs.
-  Guided rows appear below only; `reference["recognised_ceiling"]`, if given, is drawn as
-  a line.
+  Guided rows appear below only; `reference["recognised_ceiling"]`, if given, is a line.
   """
   plain = [row for row in rows if row["kind"] == "plain"]
   guided = [row for row in rows if row["kind"] != "plain"]
