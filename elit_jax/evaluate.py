@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import os
 import pathlib
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,8 +32,6 @@ from elit_jax.sampling.cost import plan_cost
 from elit_jax.sampling.plan import Guidance, Phase, Plan
 from elit_jax.sampling.steppers import stepper
 
-# Who can judge samples of a data source, by its name.
-JUDGES: dict[str, Callable[[], "Judged"]] = {}
 COLUMNS = 20  # samples of a row in the picture, at most
 
 
@@ -56,7 +55,8 @@ def _judge_digits() -> Judged:
   )
 
 
-JUDGES["digits"] = _judge_digits
+# Who can judge samples of a data source, by its name.
+JUDGES: dict[str, Callable[[], Judged]] = {"digits": _judge_digits}
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def rows_of(config: Config, model: spec.Model) -> list[Row]:
     guidances["CCFG"] = Guidance(e.guidance_scale, "null", small)
     guidances["AutoG"] = Guidance(e.guidance_scale, "same", small)
   if config.flow.label_dropout == 0:
+    logging.info("no guidance by the null label: trained with label_dropout 0")
     guidances = {n: g for n, g in guidances.items() if g.label == "same"}
   return rows + [
     Row(f"{name} {e.guidance_scale:g}", (Phase(steps, full, guidance),), e.count)
@@ -108,7 +109,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   model = config_lib.build_model(config)
   held_out = train.open_source(config, "held_out")
   step, params = sample.load_ema(workdir, config)
-  folder = files.make_folder(workdir / "report")
+  # The old report stays until the new one is whole.
+  shutil.rmtree(workdir / "report.partial", ignore_errors=True)
+  folder = files.make_folder(workdir / "report.partial")
   files.write_json(folder / "config.json", config_lib.to_json(config))
   logging.info("phase eval | averaged parameters of step %d", step)
   seconds = {}
@@ -151,7 +154,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     if len(loss_IR) > 1
     else []
   }
-  write(config, workdir, step, table, shown, reference, seconds)
+  write(config, workdir, folder, step, table, shown, reference, seconds)
+  shutil.rmtree(workdir / "report", ignore_errors=True)
+  folder.rename(workdir / "report")
+  text = report.report_table(table, reference)
+  logging.info("report in %s\n%s", workdir / "report", text)
 
 
 def compile_all(
@@ -246,7 +253,7 @@ def draw_row(
   The first batch is the warm-up; at least three more are timed, and drawn again where
   the row has too few.
   """
-  size = min(config.sample.batch_size, row.count)
+  size = config.sample.batch_size
   labels = sample.balanced_labels(row.count, config.model.classes)
   progress = Progress(f"sample {row.name}", row.count, 1)
   images, ms = [], []
@@ -259,7 +266,8 @@ def draw_row(
     progress.update(int(index[-1]) + 1)
   while len(ms) < 3:
     start = time.monotonic()
-    draw(params, config.eval.seed, np.arange(size), labels[:size])
+    full = sample.balanced_labels(size, config.model.classes)
+    draw(params, config.eval.seed, np.arange(size), full)
     ms.append(1e3 * (time.monotonic() - start) / size)
   return np.concatenate(images), labels, ms
 
@@ -309,31 +317,30 @@ def figures_of(
 
 
 def loss_figures(row: Row, loss_IR: dict[Budget, np.ndarray]) -> dict[str, Any]:
-  """Validation loss of a row's budget; guidance has none of its own, nor an error.
-
-  The paired error is that of the difference from the largest budget's loss.
+  """Validation loss of a row's budget, its error, and that of the difference from the
+  largest budget's. Guidance has no loss of its own: its row has its strong budget's.
   """
   own, largest = loss_IR[row.phase.budget], next(iter(loss_IR.values()))
   mean, error = clustered_mean(own)
   _, paired = paired_difference(own, largest)
   return {
     "validation_loss": mean,
-    "validation_loss_se": None if row.phase.guidance else error,
-    "validation_loss_paired_se": None if row.phase.guidance else paired,
+    "validation_loss_se": error,
+    "validation_loss_paired_se": paired,
   }
 
 
 def write(
   config: Config,
   workdir: pathlib.Path,
+  folder: pathlib.Path,
   step: int,
   table: list[dict],
   shown: list[tuple[str, np.ndarray]],
   reference: dict[str, Any],
   seconds: dict[str, float],
 ) -> None:
-  """The files of the report, and its table on screen."""
-  folder = workdir / "report"
+  """The pictures of the report and report.json."""
   start = time.monotonic()
   if config.data.shape[-1] in (1, 3):
     labels = sample.balanced_labels(len(shown[0][1]), config.model.classes)
@@ -357,4 +364,3 @@ def write(
       **machine,
     },
   )
-  logging.info("report in %s\n%s", folder, report.report_table(table, reference))

@@ -1,6 +1,7 @@
 """Files of a run: written whole or not at all, refused where they do not fit."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -16,6 +17,8 @@ from elit_jax.errors import ConfigError
 def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
   """The folder, made if need be; ConfigError if it cannot be written."""
   folder = pathlib.Path(path)
+  if folder.exists() and not folder.is_dir():
+    raise ConfigError(f"cannot write to {folder}: it is a file, not a folder")
   try:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
@@ -23,6 +26,22 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
   except OSError as error:
     raise ConfigError(f"cannot write to {folder}: {error.strerror or error}") from None
   return folder
+
+
+@contextlib.contextmanager
+def only_writer(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps other processes from writing to a run while the block lasts.
+
+  ConfigError if one does already. The lock goes with the process, however it ends.
+  """
+  with (folder / ".lock").open("w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise ConfigError(
+        f"another process is writing to {folder}: wait for it, or use another workdir"
+      ) from None
+    yield
 
 
 @contextlib.contextmanager
@@ -45,6 +64,8 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
   """The object in a JSON file; ConfigError if there is none in it."""
   try:
     value = json.loads(pathlib.Path(path).read_text("utf-8"))
+  except OSError as error:
+    raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
   except ValueError as error:
     raise ConfigError(f"{path} is damaged ({error}): mend it or move it away") from None
   if not isinstance(value, dict):

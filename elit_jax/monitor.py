@@ -15,7 +15,7 @@ from elit_jax import config as config_lib
 from elit_jax import files, optim, sample
 from elit_jax.budget import Budget
 from elit_jax.config import Config
-from elit_jax.errors import TrainingStopped
+from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.logs import Progress, Writer
 from elit_jax.models import denoiser, spec
 
@@ -39,39 +39,40 @@ class Log:
   ):
     self._config, self._writer, self._examples = config, writer, examples
     self.window: list[list] = list(window)
-    self._pending: tuple[int, Budget, Metrics] | None = None
+    self._pending: tuple[int, int, Budget, Metrics] | None = None
     self._progress = Progress("train", config.train.steps, config.train.batch_size)
     self._seconds = time.monotonic()
     self._fresh = 0  # steps since the last row that this process has timed
     # Forward and backward: three forward passes.
-    self._gflops = {
-      str(budget): 3e-9 * spec.flops(model, config.data.shape, budget)
-      for budget in config_lib.budgets(config, model)
-    }
+    self._price = lambda budget: 3e-9 * spec.flops(model, config.data.shape, budget)
 
-  def add(self, step: int, budget: Budget, metrics: Metrics) -> None:
-    """Notes a dispatched step; takes in the one before, which the device has done."""
+  def add(self, step: int, images: int, budget: Budget, metrics: Metrics) -> None:
+    """Notes a dispatched step, after which the run has seen so many images; takes in
+    the one before, which the device has done.
+    """
     self.flush()
-    self._pending = (step, budget, metrics)
+    self._pending = (step, images, budget, metrics)
 
   def flush(self) -> None:
     """Takes in the pending step; raises TrainingStopped if too many were bad."""
     if self._pending is None:
       return
-    (step, budget, metrics), self._pending = self._pending, None
+    (step, images, budget, metrics), self._pending = self._pending, None
     m = {name: float(value) for name, value in jax.device_get(metrics).items()}
     self._fresh += 1
-    self.window.append([str(budget), m["loss"], m["grad_norm"], int(m["bad_steps"])])
+    price = self._price(budget)
+    bad_steps = int(m["bad_steps"])
+    self.window.append([str(budget), m["loss"], m["grad_norm"], bad_steps, price])
     if m["bad_run"] >= self._config.train.max_bad_steps:
       raise TrainingStopped(
         f"the gradient was not finite for {int(m['bad_run'])} steps in a row, up to "
         f"step {step}: lower config.optim.lr, or start from an earlier checkpoint"
       )
     if step % self._config.train.log_every == 0 or step == self._config.train.steps:
-      self._write(step)
+      self._write(step, images)
 
-  def _write(self, step: int) -> None:
-    names, losses, norms, bad = zip(*self.window, strict=True)
+  def _write(self, step: int, images: int) -> None:
+    names, losses, norms, bad, prices = zip(*self.window, strict=True)
     now = time.monotonic()
     seconds, self._seconds = now - self._seconds, now
     batch = self._config.train.batch_size
@@ -80,9 +81,9 @@ class Log:
       "grad_norm": _mean(norms),
       "lr": float(optim.learning_rate(self._config.optim, step - 1 - bad[-1])),
       "bad_steps": bad[-1],
-      "images": step * batch,
-      "epochs": step * batch / self._examples,
-      "gflops_per_image": _mean([self._gflops[name] for name in names]),
+      "images": images,
+      "epochs": images / self._examples,
+      "gflops_per_image": _mean(prices),
       "images_per_second": self._fresh * batch / seconds if seconds > 0 else 0.0,
     }
     for name in sorted(set(names), key=names.index):
@@ -127,7 +128,10 @@ class Previews:
 
 
 class Clock:
-  """Wall seconds of the parts of a run, added up over its restarts."""
+  """Wall seconds of the parts of a run, added up over its restarts.
+
+  Written at every checkpoint, so that a kill loses what the run loses.
+  """
 
   def __init__(self, path: pathlib.Path):
     self._path = path
@@ -135,9 +139,11 @@ class Clock:
     self._last = time.monotonic()
 
   def resume(self) -> None:
-    """Goes on from what the run before has written."""
-    if self._path.exists():
+    """Goes on from what the run before has written, if it can be read."""
+    try:
       self._seconds = files.read_json(self._path)
+    except ConfigError as error:
+      logging.warning("the clock starts anew: %s", error)
 
   def lap(self, name: str) -> None:
     """Adds the time since the last lap to `name`, and writes the file."""

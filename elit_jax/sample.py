@@ -123,10 +123,9 @@ def load_ema(workdir: pathlib.Path, config: Config) -> tuple[int, Params]:
 
 def check_same_model(workdir: pathlib.Path, config: Config) -> None:
   """Raises ConfigError if the workdir was made with a config of another model."""
-  path = workdir / "config.json"
-  if not path.exists():
+  old = trained_config(workdir)
+  if old is None:
     return
-  old = files.read_json(path)
   if differences := config_lib.model_differences(old, config_lib.to_json(config)):
     raise ConfigError(
       f"workdir {workdir} holds another model: {'; '.join(differences)}. "
@@ -134,15 +133,26 @@ def check_same_model(workdir: pathlib.Path, config: Config) -> None:
     )
 
 
+def trained_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """The config that a workdir's run was last trained with; None if there is no run.
+
+  It stands in config.json and, should that be gone, in every checkpoint.
+  """
+  path, folder = workdir / "config.json", workdir / "checkpoints"
+  if path.exists():
+    return files.read_json(path)
+  if not folder.is_dir():
+    return None
+  with Checkpointer(folder, read_only=True) as checkpoints:
+    return checkpoints.config() if checkpoints.steps() else None
+
+
 def as_trained(workdir: pathlib.Path, config: Config) -> Config:
   """The config with the label dropout that the workdir's model was trained with.
 
   What guidance may do depends on it, whatever the config at hand says.
   """
-  path = workdir / "config.json"
-  if not path.exists():
-    return config
-  trained = files.flatten(files.read_json(path))
+  trained = files.flatten(trained_config(workdir) or {})
   dropout = trained.get("flow.label_dropout", config.flow.label_dropout)
   flow = dataclasses.replace(config.flow, label_dropout=float(dropout))
   return dataclasses.replace(config, flow=flow)
@@ -199,6 +209,7 @@ def _whole(folder: pathlib.Path, first: int, s: config_lib.SampleConfig) -> bool
 # Settings that a folder of samples must have been made with to be added to.
 SAMPLING_LEAVES = (
   "step",
+  "model.dtype",
   "sample.batch_size",
   "sample.steps",
   "sample.solver",

@@ -44,24 +44,27 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
   source = open_source(config)
   files.make_folder(workdir)
-  sample.check_same_model(workdir, config)
   clock = monitor.Clock(workdir / "timing.json")
 
   with (
+    files.only_writer(workdir),
     Checkpointer(
       workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
     ) as checkpoints,
     contextlib.closing(Loader(source, config.train.batch_size, config.seed)) as loader,
   ):
+    sample.check_same_model(workdir, config)
     state, window = restore_or_init(config, model, mesh, checkpoints, loader)
     start = int(state["step"])
     if start >= config.train.steps:
       logging.info("nothing to train: the checkpoint has %d steps already", start)
       return
+    report_changes(workdir, config)
     files.write_json(workdir / "config.json", config_lib.to_json(config))
     monitor.log_model(model, config, workdir, start)
     if start:
       clock.resume()
+    clock.lap("setup")
     step_fns = warm_up(config, model, budgets, mesh)
     every = config.train.preview_every
     previews = monitor.Previews(config, model, workdir) if every else None
@@ -74,6 +77,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         log.flush()
         host = {"data": loader.state(), "window": log.window}
         checkpoints.save(step, state, host, config_lib.to_json(config))
+        clock.lap("train")
 
       for step in range(start, config.train.steps):
         if preemption.requested():
@@ -85,7 +89,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         with jax.transfer_guard("disallow"):  # but for those that are spelt out
           batch = put(config, mesh, examples)
           state, metrics = step_fns[budget](state, batch)
-        log.add(step + 1, budget, metrics)
+        log.add(step + 1, loader.seen, budget, metrics)
         if previews and (step + 1) % every == 0:
           previews.draw(step + 1, state["ema"], writer)
         if (step + 1) % config.checkpoint.every == 0:
@@ -95,6 +99,14 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       log.flush()
     checkpoints.wait()
     clock.lap("train")
+
+
+def report_changes(workdir: pathlib.Path, config: Config) -> None:
+  """Says which leaves differ from those that the run was trained with up to here."""
+  old = files.flatten(sample.trained_config(workdir) or {})
+  for name, value in files.flatten(config_lib.to_json(config)).items():
+    if name in old and old[name] != value:
+      logging.warning("config.%s was %r, from here on it is %r", name, old[name], value)
 
 
 def open_source(config: Config, split: str = "train") -> Source:

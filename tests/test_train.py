@@ -430,7 +430,7 @@ def resumed(finished, tmp_path, monkeypatch):
     shutil.rmtree(workdir / "checkpoints" / str(step))
 
   def warm_up(config, model, budgets, mesh):
-    assert set(budgets) == set(finished.programs)
+    assert set(budgets) <= set(finished.programs)
     return finished.programs
 
   monkeypatch.setattr(train, "warm_up", warm_up)
@@ -552,7 +552,7 @@ def test_checkpoints_and_times_are_there(finished):
   steps = {int(p.name) for p in (finished.workdir / "checkpoints").iterdir()}
   assert steps == {20, 30, 40}  # the newest three
   timing = files.read_json(finished.workdir / "timing.json")
-  assert timing.keys() == {"compile", "train"} and min(timing.values()) > 0
+  assert timing.keys() == {"setup", "compile", "train"} and min(timing.values()) > 0
   saved = files.read_json(finished.workdir / "config.json")
   assert saved == config_lib.to_json(finished.config)
 
@@ -604,6 +604,14 @@ def test_another_model_is_refused_by_its_leaves(resumed, leaves, named: str):
     resumed(**leaves)
   assert named in str(refusal.value)
   assert (resumed.workdir / "config.json").read_bytes() == before
+
+
+def test_other_budgets_are_accepted_in_the_midst_of_a_row(resumed):
+  with listening("absl") as lines:
+    workdir = resumed(budgets=("k4",))
+  assert any("config.budgets was ['k1', 'k4'], from here on" in line for line in lines)
+  last = logs.read_rows(workdir / "metrics.jsonl")[-1]
+  assert last["step"] == STEPS and "loss/k4" in last and last["images"] == STEPS * 16
 
 
 def test_another_learning_rate_and_another_end_are_accepted(finished, resumed):

@@ -84,6 +84,11 @@ class Loader(Iterator[Batch]):
     """
     return {_STATE_KEY: int(self._batches.get_state()[_STATE_KEY])}
 
+  @property
+  def seen(self) -> int:
+    """Examples dealt so far, by all processes, restored ones included."""
+    return self.state()[_STATE_KEY]
+
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes on where `state` was taken; anything else than a state is a ConfigError."""
     index = state.get(_STATE_KEY)

@@ -3,8 +3,7 @@
 A row is a dict with the keys `ROW_KEYS`, one for each way of sampling: `kind` is
 "plain" or "guided", `ms_per_image` the median of `ms_per_image_runs`, `samples` their
 number and `protocol` a dict of everything else that the figures depend on. A guided row
-has no loss of its own: its `validation_loss` is that of its strong budget, its error
-None.
+has no loss of its own: its `validation_loss` and errors are those of its strong budget.
 """
 
 import json

@@ -30,7 +30,9 @@ def elit(
   of a group along each axis. Raises ConfigError if head + tail exceed the depth.
   """
   depth = sum(stage.count for stage in model.trunk if isinstance(stage, Blocks))
-  if head < 0 or tail < 0 or head + tail > depth:
+  if head < 0 or tail < 0:
+    raise ConfigError(f"head {head} and tail {tail} must not be negative")
+  if head + tail > depth:
     raise ConfigError(
       f"head {head} + tail {tail} blocks do not fit in a depth of {depth} blocks"
     )
