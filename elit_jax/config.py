@@ -320,9 +320,6 @@ def _build(kind: Any, value: Any, name: str) -> Any:
     if args[0] is str:  # a budget may be written as a number
       value = [str(v) if _is_number(v) else v for v in value]
     return tuple(_build(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
-  if kind == Mapping[str, Any] and hasattr(value, "keys"):
-    items = {key: value[key] for key in value}  # JSON has lists where we have tuples
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in items.items()}
   if kind is float and (_is_number(value) or value == "inf"):
     return float(value)
   if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
