@@ -4,6 +4,7 @@
 Any leaf of the config can be overridden: --config.optim.lr=2e-4.
 """
 
+import contextlib
 import inspect
 import json
 import logging as stdlogging
@@ -18,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from elit_jax import config as config_lib
-from elit_jax import files
+from elit_jax import distributed, files
 from elit_jax.errors import ConfigError, TrainingStopped, nearest
 
 OVERRIDE = re.compile(r"--?(?:no)?(config\.[^=]+)")
@@ -32,7 +33,7 @@ KINDS = {
   tuple: "a tuple",
   dict: "a dict",
 }
-MODES = ("train", "sample", "eval", "describe")
+MODES = ("train", "sample", "eval", "describe", "doctor")
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment: a file in configs/."
@@ -60,9 +61,28 @@ def main(argv: list[str]) -> None:
     description = describe.describe(config, BUDGETS.value)
     print(json.dumps(description) if JSON.value else describe.table(description))
     return
-  if not WORKDIR.value:
+  workdir = pathlib.Path(WORKDIR.value).expanduser() if WORKDIR.value else None
+  if MODE.value == "doctor":
+    sys.exit(0 if _examine(config, workdir) else 1)
+  if workdir is None:
     raise ConfigError("--workdir is missing: the folder that this run writes to")
-  _run(config, pathlib.Path(WORKDIR.value).expanduser())
+  distributed.start()
+  if not distributed.is_leader():
+    logging.set_verbosity(logging.WARNING)  # one screen, one voice
+  _run(config, workdir)
+
+
+def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
+  """Prints what the doctor finds; whether all of it is well."""
+  from elit_jax import doctor
+
+  # What keeps the processes from joining is a finding, too.
+  with contextlib.suppress(ConfigError):
+    distributed.start()
+  findings = doctor.examine(config, workdir)
+  if distributed.is_leader():
+    print(doctor.table(findings))
+  return doctor.healthy(findings)
 
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
@@ -72,6 +92,8 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   {"train": train.run, "sample": sample.run, "eval": evaluate.run}[MODE.value](
     config, workdir
   )
+  if preemption.requested():
+    sys.exit(distributed.quit_code())
 
 
 def checked_flags(argv: list[str]) -> list[str]:
@@ -182,6 +204,9 @@ def cli() -> None:
   except TrainingStopped as error:
     print(f"stopped: {error}", file=sys.stderr)
     sys.exit(1)
+  except Exception:
+    distributed.abandon_peers()
+    raise
 
 
 if __name__ == "__main__":

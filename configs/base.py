@@ -13,12 +13,18 @@ def get_config() -> ConfigDict:
     {
       # Of parameters, data order, budgets, times, noise and dropped labels.
       "seed": 0,
+      # Devices along (data, fsdp, tensor): copies of the model, shards of its arrays,
+      # shards of its heads and MLP columns. -1: all that remain.
+      "mesh": (-1, 1, 1),
       "model": {
         "preset": "SiT-tiny/2",  # FAMILY-SIZE/PATCH, see elit_jax/models/presets.py
         "classes": 10,  # besides the null label
         "qk_norm": False,  # LayerNorm on each head's queries and keys
         "dtype": "float32",  # of matmuls; all else stays float32
-        "remat": False,  # recompute blocks in the backward pass: less memory
+        # What the backward pass keeps of a block: none (recompute nothing, keep all) |
+        # dots (keep what linear layers return) | full (keep its input, recompute all).
+        "remat": "none",
+        "attention": "auto",  # kernel: auto | xla | cudnn | splash
         "scan": True,  # False unrolls the blocks, for debugging
       },
       "data": {

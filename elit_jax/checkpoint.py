@@ -20,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from elit_jax import trees
 from elit_jax.errors import ConfigError
 
 Tree = Any
@@ -327,25 +328,11 @@ def _child(path: epath.Path, name: str) -> Callable[[Tree, str], Tree]:
   return child
 
 
-def _leaves(tree: Tree) -> dict[str, Any]:
-  """Leaves by path. Saved tuples come back as lists, and records as dicts: a path is
-  made of names and numbers only, so that both spell the same."""
-
-  def name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-      if hasattr(key, attribute):
-        return str(getattr(key, attribute))
-    return str(key)
-
-  flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-  return {"/".join(map(name, path)): leaf for path, leaf in flat}
-
-
 def _check_same_model(
   path: epath.Path, saved: Tree, wanted: Tree, *, dtypes: bool
 ) -> None:
   """ConfigError with the first differing paths unless both trees hold equal arrays."""
-  theirs, ours = _leaves(saved), _leaves(wanted)
+  theirs, ours = trees.by_path(saved), trees.by_path(wanted)
 
   def form(leaf: Any) -> str:
     shape = tuple(leaf.shape)

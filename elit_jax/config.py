@@ -11,13 +11,17 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from elit_jax import files
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from elit_jax import files, sharding
 from elit_jax.budget import Budget
 from elit_jax.data import sources
 from elit_jax.errors import ConfigError, lookup, nearest
 from elit_jax.flow.process import process
 from elit_jax.flow.times import time_sampler
-from elit_jax.models import elastic, presets, spec
+from elit_jax.models import elastic, presets, spec, stages
+from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
 from elit_jax.sampling.plan import Guidance, Phase, Plan
 from elit_jax.sampling.steppers import stepper
@@ -29,7 +33,8 @@ class ModelConfig:
   classes: int
   qk_norm: bool
   dtype: str
-  remat: bool
+  remat: str
+  attention: str
   scan: bool
 
 
@@ -105,6 +110,7 @@ class Config:
   """Everything a run depends on; `elit` is None where the mechanism is not used."""
 
   seed: int
+  mesh: tuple[int, ...]
   model: ModelConfig
   data: DataConfig
   budgets: tuple[str, ...]
@@ -172,13 +178,54 @@ def check(config: Config) -> None:
   time_sampler(config.flow.time)
   stepper(config.sample.solver)
   lookup(sources.SOURCES, config.data.source, "data source")
+  kernels = ("auto", *attention.BACKENDS)
+  lookup(dict.fromkeys(kernels), config.model.attention, "config.model.attention")
+  lookup(stages.REMAT, config.model.remat, "config.model.remat")
   if config.model.dtype not in ("float32", "bfloat16"):
     raise ConfigError(
       f"config.model.dtype is {config.model.dtype!r}: use 'float32' or 'bfloat16'"
     )
   model = build_model(config)
+  check_mesh(config.mesh, model)
   budgets(config, model)
   plan(config, model)
+
+
+def check_mesh(mesh: tuple[int, ...], model: spec.Model) -> None:
+  """Raises ConfigError for a mesh that cannot split this model, on any machine."""
+  _, fsdp, tensor = sharding.mesh_shape(mesh, math.prod(n for n in mesh if n > 0))
+  if model.heads % tensor:
+    raise ConfigError(
+      f"config.mesh splits {model.heads} attention heads over tensor = {tensor}: use "
+      f"one of {', '.join(map(str, _divisors(model.heads)))}"
+    )
+  if model.width % fsdp:
+    raise ConfigError(
+      f"config.mesh splits the width {model.width} over fsdp = {fsdp}: use a divisor "
+      "of it"
+    )
+
+
+def make_mesh(config: Config, model: spec.Model) -> Mesh:
+  """The mesh of the config on this machine; ConfigError if the machine cannot serve.
+
+  Its devices must fit the mesh, and run the attention kernel that is asked for.
+  """
+  compute = model.compute
+  try:
+    attention.check_backend(
+      compute.attention,
+      attention.platform(),
+      jnp.dtype(compute.dtype),
+      model.width // model.heads,
+    )
+  except ValueError as error:
+    raise ConfigError(f"config.model.attention: {error}") from None
+  return sharding.make_mesh(config.mesh)
+
+
+def _divisors(n: int) -> list[int]:
+  return [i for i in range(1, n + 1) if n % i == 0]
 
 
 def build_model(config: Config) -> spec.Model:
@@ -197,7 +244,8 @@ def build_model(config: Config) -> spec.Model:
     model = elastic.elit(
       model, e.window, e.head, e.tail, write_depth=e.write_depth, sees=sees
     )
-  model = dataclasses.replace(model, compute=spec.Compute(m.dtype, m.remat, m.scan))
+  compute = spec.Compute(m.dtype, m.remat, m.attention, m.scan)
+  model = dataclasses.replace(model, compute=compute)
   spec.validate(model, shape)
   return model
 

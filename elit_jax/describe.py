@@ -1,12 +1,15 @@
 """`--mode=describe`: a model stage by stage, with its price at every budget."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from elit_jax import config as config_lib
+from elit_jax import sharding, trees
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, spec
+from elit_jax.nn.partition import AXES
 
 # Parts of the parameters that are not stages of the trunk.
 EMBED = ("patch", "time", "label")
@@ -56,7 +59,34 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
     },
     "flops": {name: sum(row.flops for row in rows) for name, rows in columns.items()},
     "stages": stages,
+    "mesh": list(config.mesh),
+    "placement": placement(config, model),
   }
+
+
+def matches(model: spec.Model) -> list[sharding.Match]:
+  """Which rule puts each parameter where."""
+  params = trees.by_path(denoiser.abstract_params(model))
+  return [sharding.match(path, leaf.shape) for path, leaf in params.items()]
+
+
+def placement(config: Config, model: spec.Model) -> list[dict[str, Any]]:
+  """Every parameter with its rule, its axes and the bytes of it on one device.
+
+  Averages and both moments go the same way, so that each takes as much again. A -1 of
+  the mesh is not known here, and counted as 1.
+  """
+  sizes = dict(zip(AXES, (max(n, 1) for n in config.mesh), strict=True))
+  return [
+    {
+      "path": match.path,
+      "shape": list(match.shape),
+      "rule": match.rule,
+      "axes": list(match.spec),
+      "bytes_per_device": 4 * math.prod(match.part(sizes)),
+    }
+    for match in matches(model)
+  ]
 
 
 def _spec(model: spec.Model, row: int) -> str:
@@ -81,7 +111,29 @@ def table(description: dict[str, Any]) -> str:
   )
   specs = [f"  {s['stage']}: {s['spec']}" for s in description["stages"]]
   pieces = [budgets[i : i + COLUMNS] for i in range(0, len(budgets), COLUMNS)]
-  return "\n".join([title, *specs, *(_columns(description, piece) for piece in pieces)])
+  tables = [_columns(description, piece) for piece in pieces]
+  return "\n".join([title, *specs, *tables, _placement(description)])
+
+
+def _placement(description: dict[str, Any]) -> str:
+  """Every rule with the parameters it matches, and what they take on one device."""
+  rows: dict[str, list[dict[str, Any]]] = {}
+  for row in description["placement"]:
+    rows.setdefault(row["rule"], []).append(row)
+  total = sum(row["bytes_per_device"] for row in description["placement"])
+  lines = [
+    f"mesh (data, fsdp, tensor) = {tuple(description['mesh'])}: {total / 1e6:,.1f} MB "
+    "of parameters on a device, and as much for their average and each of two moments"
+  ]
+  for rule, found in rows.items():
+    lines.append(f"  rule {rule}")
+    lines += [
+      f"    {row['path']} {tuple(row['shape'])} -> "
+      f"({', '.join(axis or '-' for axis in row['axes'])}), "
+      f"{row['bytes_per_device'] / 1e6:,.3f} MB"
+      for row in found
+    ]
+  return "\n".join(lines)
 
 
 def _columns(description: dict[str, Any], shown: Sequence[str]) -> str:

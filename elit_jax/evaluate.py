@@ -14,13 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import files, preemption, sample, train
+from elit_jax import distributed, files, preemption, sample, sharding, train
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.sources import Source
+from elit_jax.errors import ConfigError
 from elit_jax.eval import digits, report
 from elit_jax.eval.metrics import clustered_mean, paired_difference, paired_tests
 from elit_jax.flow.matching import FlowMatching, velocity_loss
@@ -107,62 +109,91 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=eval`: samples, losses, prices and pictures of the newest checkpoint."""
   config = sample.as_trained(workdir, config)
   model = config_lib.build_model(config)
-  held_out = train.open_source(config, "held_out")
-  step, params = sample.load_ema(workdir, config)
-  # The old report stays until the new one is whole.
-  shutil.rmtree(workdir / "report.partial", ignore_errors=True)
-  folder = files.make_folder(workdir / "report.partial")
-  files.write_json(folder / "config.json", config_lib.to_json(config))
+  held_out = distributed.together(lambda: train.open_source(config, "held_out"))
+  mesh = config_lib.make_mesh(config, model)
+  step, params = sample.load_ema(workdir, config, mesh)
+  folder = workdir / "report.partial"
+  distributed.on_leader(lambda: begin(config, folder, step))
+  distributed.check_shared(folder)
   logging.info("phase eval | averaged parameters of step %d", step)
   seconds = {}
   start = time.monotonic()
   rows = rows_of(config, model)
-  draws, losses = compile_all(config, model, rows)
+  draws, losses = compile_all(config, model, rows, mesh)
   seconds["compile_eval"] = time.monotonic() - start
 
   start = time.monotonic()
-  loss_IR = validation_losses(config, losses, params, held_out)
+  loss_IR = validation_losses(config, losses, params, held_out, mesh)
+  if loss_IR is None:
+    logging.info("termination signal: leaving, run again for the report")
+    return
   seconds["validate"] = time.monotonic() - start
 
   start = time.monotonic()
-  judged = JUDGES[config.data.source]() if config.data.source in JUDGES else None
+  leader = distributed.is_leader()
+  judge = JUDGES.get(config.data.source) if leader else None
+  judged = judge() if judge else None
   # Of the picture: at most two of each class, as many as every row has.
   columns = min(COLUMNS, 2 * config.model.classes, *(row.count for row in rows))
   table, shown = [], []
   for row, draw in zip(rows, draws, strict=True):
-    if preemption.requested():
-      logging.info("termination signal: leaving, run again for the report")
+    drawn = draw_row(config, row, draw, params, folder / "chunks")
+    if drawn is None:
+      logging.info("termination signal: leaving, run again for the rest")
       return
-    images, labels, ms = draw_row(config, row, draw, params)
-    files.save_samples(
-      folder / f"samples_{report.file_stem(row.name)}.npz", images, labels
-    )
-    quality = judged.quality(images, labels) if judged else {}
-    figures = figures_of(config, model, row, step) | {
-      "ms_per_image": statistics.median(ms),
-      "ms_per_image_runs": ms,
-      "recognised": quality.get("recognised"),
-      "frechet_raw_pixels": quality.get("frechet_raw_pixels"),
-      "nearest_train_distance": quality.get("nearest_train_distance"),
-    }
-    figures |= loss_figures(row, loss_IR)
-    table.append(figures)
-    shown.append((report.row_caption(figures), images[:columns]))
+    if leader:
+      images, labels, ms = drawn
+      name = f"samples_{report.file_stem(row.name)}.npz"
+      files.save_samples(folder / name, images, labels)
+      quality = judged.quality(images, labels) if judged else {}
+      figures = figures_of(config, model, row, step) | {
+        "ms_per_image": statistics.median(ms),
+        "ms_per_image_runs": ms,
+        "recognised": quality.get("recognised"),
+        "frechet_raw_pixels": quality.get("frechet_raw_pixels"),
+        "nearest_train_distance": quality.get("nearest_train_distance"),
+      }
+      figures |= loss_figures(row, loss_IR)
+      table.append(figures)
+      shown.append((report.row_caption(figures), images[:columns]))
   seconds["sample"] = time.monotonic() - start
-  reference = (judged.reference if judged else {}) | {
-    "paired": paired_tests({str(b): x for b, x in loss_IR.items()})
-    if len(loss_IR) > 1
-    else []
-  }
-  write(config, workdir, folder, step, table, shown, reference, seconds)
-  shutil.rmtree(workdir / "report", ignore_errors=True)
-  folder.rename(workdir / "report")
-  text = report.report_table(table, reference)
-  logging.info("report in %s\n%s", workdir / "report", text)
+
+  def finish() -> None:
+    reference = (judged.reference if judged else {}) | {
+      "paired": paired_tests({str(b): x for b, x in loss_IR.items()})
+      if len(loss_IR) > 1
+      else []
+    }
+    write(config, workdir, folder, step, table, shown, reference, seconds)
+    shutil.rmtree(folder / "chunks")
+    shutil.rmtree(workdir / "report", ignore_errors=True)
+    folder.rename(workdir / "report")
+    text = report.report_table(table, reference)
+    logging.info("report in %s\n%s", workdir / "report", text)
+
+  distributed.on_leader(finish)
+
+
+# Settings that the samples of an unfinished report must have been drawn with.
+REPORT_LEAVES = (*sample.SAMPLING_LEAVES, "eval", "budgets", "train.batch_size")
+
+
+def begin(config: Config, folder: pathlib.Path, step: int) -> None:
+  """The folder of a report in the making: that of a run cut short goes on, unless it
+  was made with other settings. The finished report stays until the new one is whole.
+  """
+  settings = config_lib.to_json(config) | {"step": step}
+  files.make_folder(folder)
+  try:
+    files.claim(folder / "config.json", settings, REPORT_LEAVES)
+  except ConfigError:  # other settings, or a file cut short: nothing to go on from
+    shutil.rmtree(folder)
+    files.make_folder(folder)
+    files.claim(folder / "config.json", settings, REPORT_LEAVES)
 
 
 def compile_all(
-  config: Config, model: spec.Model, rows: Sequence[Row]
+  config: Config, model: spec.Model, rows: Sequence[Row], mesh: Mesh
 ) -> tuple[list[Callable], dict[Budget, Callable]]:
   """The samplers of all rows and the losses of all budgets, compiled side by side."""
   budgets = [row.phase.budget for row in rows if row.phase.guidance is None]
@@ -172,12 +203,11 @@ def compile_all(
     fn = sample.sample_fn(
       model, row.plan, config.sample.solver, config.flow.path, config.data.shape
     )
-    return sample.compile_sampler(fn, model, config.sample.batch_size)
+    return sample.compile_sampler(fn, model, config.sample.batch_size, mesh)
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     samplers = [pool.submit(sampler, row) for row in rows]
-    size = config.train.batch_size
-    losses = [pool.submit(compile_loss, config, model, b, size) for b in budgets]
+    losses = [pool.submit(compile_loss, config, model, b, mesh) for b in budgets]
     running = concurrent.futures.as_completed([*samplers, *losses])
     for done, future in enumerate(running, 1):
       future.result()
@@ -189,12 +219,14 @@ def compile_all(
 
 
 def compile_loss(
-  config: Config, model: spec.Model, budget: Budget, size: int
+  config: Config, model: spec.Model, budget: Budget, mesh: Mesh
 ) -> Callable:
-  """(params, batch of `size` images, draws (R,)) to the loss of each (size, R).
+  """(params, a training batch, draws (R,)) to the loss of each image (B, R).
 
-  Noise and time are keyed by (eval.seed, draw, image): the same at every budget.
+  The batch is filled up to what divides over the mesh. Noise and time are keyed by
+  (eval.seed, draw, image): the same at every budget.
   """
+  size = sharding.round_up(config.train.batch_size, mesh)
   flow = FlowMatching(
     process(config.flow.path), time_sampler(config.flow.time), 0.0, lambda label: label
   )
@@ -210,28 +242,40 @@ def compile_loss(
 
     return jax.lax.map(one, draws_R).T
 
+  split = sharding.split(mesh)
   batch = {
-    "image": jax.ShapeDtypeStruct((size, *config.data.shape), np.float32),
-    "label": jax.ShapeDtypeStruct((size,), np.int32),
-    "position": jax.ShapeDtypeStruct((size,), np.int32),
+    "image": jax.ShapeDtypeStruct(
+      (size, *config.data.shape), np.float32, sharding=split
+    ),
+    "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=split),
+    "position": jax.ShapeDtypeStruct((size,), np.int32, sharding=split),
   }
-  draws = jax.ShapeDtypeStruct((config.eval.draws,), np.int32)
-  return jax.jit(loss).lower(denoiser.abstract_params(model), batch, draws).compile()
+  everywhere = sharding.replicated(mesh)
+  draws = jax.ShapeDtypeStruct((config.eval.draws,), np.int32, sharding=everywhere)
+  params = sharding.place(mesh, denoiser.abstract_params(model))
+  jitted = jax.jit(sharding.on_mesh(mesh, loss), out_shardings=everywhere)
+  return jitted.lower(params, batch, draws).compile()
 
 
 def validation_losses(
-  config: Config, losses: dict[Budget, Callable], params: Any, held_out: Source
-) -> dict[Budget, np.ndarray]:
+  config: Config,
+  losses: dict[Budget, Callable],
+  params: Any,
+  held_out: Source,
+  mesh: Mesh,
+) -> dict[Budget, np.ndarray] | None:
   """Loss of every held-out image and draw (I, R) by budget, a training batch at once.
 
-  The last batch is filled up with the last image.
+  The last batch is filled up with the last image. None if a termination signal came.
   """
-  size, count = config.train.batch_size, len(held_out)
+  size = sharding.round_up(config.train.batch_size, mesh)
+  count = len(held_out)
   draws = np.arange(config.eval.draws, dtype=np.int32)
-  params = jax.device_put(params, jax.devices()[0])
   progress = Progress("validate", count, len(losses) * len(draws))
   parts: dict[Budget, list[np.ndarray]] = {budget: [] for budget in losses}
   for first in range(0, count, size):
+    if preemption.requested():
+      return None
     position = np.minimum(np.arange(first, first + size, dtype=np.int32), count - 1)
     examples = [held_out[int(i)] for i in position]
     batch = {
@@ -239,37 +283,57 @@ def validation_losses(
       "label": np.array([example["label"] for example in examples], np.int32),
       "position": position,
     }
+    arrays = {name: sharding.put_whole(mesh, array) for name, array in batch.items()}
     for budget, loss in losses.items():
-      parts[budget].append(np.asarray(loss(params, batch, draws), np.float64))
+      parts[budget].append(np.asarray(loss(params, arrays, draws), np.float64))
     progress.update(min(first + size, count))
   return {budget: np.concatenate(part)[:count] for budget, part in parts.items()}
 
 
 def draw_row(
-  config: Config, row: Row, draw: Callable, params: Any
-) -> tuple[np.ndarray, np.ndarray, list[float]]:
+  config: Config, row: Row, draw: Callable, params: Any, folder: pathlib.Path
+) -> tuple[np.ndarray, np.ndarray, list[float]] | None:
   """Samples of a row, balanced labels, and ms an image of every full batch but one.
 
-  The first batch is the warm-up; at least three more are timed, and drawn again where
-  the row has too few.
+  Batches that are in `folder` already are not drawn again. The first batch is the
+  warm-up; at least three more are timed, and drawn again where the row has too few.
+  None if a termination signal came.
   """
   size = config.sample.batch_size
   labels = sample.balanced_labels(row.count, config.model.classes)
+  chunks = folder / report.file_stem(row.name)
+  firsts = range(0, row.count, size)
+
+  def find() -> list[int]:
+    return [first for first in firsts if not (chunks / f"{first:06d}.npy").exists()]
+
+  missing = distributed.on_leader(find)
   progress = Progress(f"sample {row.name}", row.count, 1)
   images, ms = [], []
-  for first in range(0, row.count, size):
+  for first in firsts:
+    if preemption.requested():
+      return None
     index = np.arange(first, min(first + size, row.count))
-    start = time.monotonic()
-    images.append(draw(params, config.eval.seed, index, labels[index]))
-    if first and len(index) == size:
-      ms.append(1e3 * (time.monotonic() - start) / size)
+    path = chunks / f"{first:06d}.npy"
+    if first in missing:
+      start = time.monotonic()
+      drawn = draw(params, config.eval.seed, index, labels[index])
+      if first and len(index) == size:
+        ms.append(1e3 * (time.monotonic() - start) / size)
+      if distributed.is_leader():
+        with files.atomic(path) as partial:
+          np.save(partial, drawn)
+      images.append(drawn)
+    elif distributed.is_leader():
+      images.append(np.load(path))
     progress.update(int(index[-1]) + 1)
-  while len(ms) < 3:
+  # Every process has to draw as often as the others.
+  for _ in range(3 - distributed.on_leader(lambda: min(3, len(ms)))):
     start = time.monotonic()
     full = sample.balanced_labels(size, config.model.classes)
     draw(params, config.eval.seed, np.arange(size), full)
     ms.append(1e3 * (time.monotonic() - start) / size)
-  return np.concatenate(images), labels, ms
+  return np.concatenate(images) if images else np.zeros(0), labels, ms
 
 
 def figures_of(

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from absl import logging
 from clu import parameter_overview
+from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import files, optim, sample
+from elit_jax import distributed, files, optim, sample
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError, TrainingStopped
@@ -101,9 +102,11 @@ def _mean(values: Any) -> float:
 class Previews:
   """Sample grids as training goes: two of each class, from the averaged parameters."""
 
-  def __init__(self, config: Config, model: spec.Model, workdir: pathlib.Path):
+  def __init__(
+    self, config: Config, model: spec.Model, mesh: Mesh, workdir: pathlib.Path
+  ):
     self._config = config
-    self._folder = files.make_folder(workdir / "previews")
+    self._folder = workdir / "previews"
     count = min(2 * config.model.classes, 32)
     self._labels = sample.balanced_labels(count, config.model.classes)
     fn = sample.sample_fn(
@@ -113,12 +116,15 @@ class Previews:
       config.flow.path,
       config.data.shape,
     )
-    self._draw = sample.compile_sampler(fn, model, count)
+    self._draw = sample.compile_sampler(fn, model, count, mesh)
 
   def draw(self, step: int, ema: Any, writer: Writer) -> None:
     """Samples, and writes previews/<step>.png (latents: .npz)."""
     index = np.arange(len(self._labels))
     images = self._draw(ema, self._config.sample.seed, index, self._labels)
+    if not distributed.is_leader():
+      return
+    self._folder.mkdir(exist_ok=True)
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
       files.save_samples(self._folder / f"{step:07d}.npz", images, self._labels)
       return
@@ -150,7 +156,8 @@ class Clock:
     now = time.monotonic()
     self._seconds[name] = self._seconds.get(name, 0.0) + now - self._last
     self._last = now
-    files.write_json(self._path, self._seconds)
+    if distributed.is_leader():
+      files.write_json(self._path, self._seconds)
 
 
 def log_model(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 import time
 import zipfile
@@ -12,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import files, preemption, sharding
+from elit_jax import distributed, files, preemption, sharding
 from elit_jax.budget import Budget
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
@@ -70,29 +70,34 @@ def sample_fn(
 
 
 def compile_sampler(
-  fn: SampleFn, model: spec.Model, batch_size: int
+  fn: SampleFn, model: spec.Model, batch_size: int, mesh: Mesh
 ) -> Callable[[Params, int, np.ndarray, np.ndarray], np.ndarray]:
-  """Compiles `fn` for one batch size, split over all devices.
+  """Compiles `fn` for one batch size, split over the mesh.
 
-  Returns (params, seed, index (n,), label (n,)) to host images (n, *shape); n may be
-  smaller than the batch, which is then padded.
+  Returns (params, seed, index (n,), label (n,)) to host images (n, *shape), the same on
+  all processes; n may be smaller than the batch, which is then padded.
   """
-  mesh = sharding.make_mesh()
-  devices = mesh.devices.size
-  size = math.ceil(batch_size / devices) * devices
+  size = sharding.round_up(batch_size, mesh)
   rows = jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding.split(mesh))
   everywhere = sharding.replicated(mesh)
-  params = sharding.abstract(denoiser.abstract_params(model), everywhere)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  compiled = jax.jit(fn).lower(params, key, rows, rows).compile()
+  params = sharding.place(mesh, denoiser.abstract_params(model))
+  seed = jax.ShapeDtypeStruct((), np.uint32, sharding=everywhere)
+
+  def from_seed(
+    params: Params, seed: jax.Array, index_B: jax.Array, label_B: jax.Array
+  ) -> jax.Array:
+    return fn(params, jax.random.key(seed), index_B, label_B)
+
+  jitted = jax.jit(sharding.on_mesh(mesh, from_seed), out_shardings=everywhere)
+  compiled = jitted.lower(params, seed, rows, rows).compile()
 
   def run(
     params: Params, seed: int, index_n: np.ndarray, label_n: np.ndarray
   ) -> np.ndarray:
     pad = size - len(index_n)
     batch = [np.pad(a.astype(np.int32), (0, pad)) for a in (index_n, label_n)]
-    index_B, label_B = (jax.device_put(a, sharding.split(mesh)) for a in batch)
-    images = compiled(params, jax.random.key(seed), index_B, label_B)
+    index_B, label_B = (sharding.put_whole(mesh, a) for a in batch)
+    images = compiled(params, np.uint32(seed), index_B, label_B)
     return np.asarray(images)[: len(index_n)]
 
   return run
@@ -103,8 +108,8 @@ def balanced_labels(count: int, classes: int) -> np.ndarray:
   return np.arange(count, dtype=np.int32) % classes
 
 
-def load_ema(workdir: pathlib.Path, config: Config) -> tuple[int, Params]:
-  """(step, averaged parameters) of the newest checkpoint of a workdir.
+def load_ema(workdir: pathlib.Path, config: Config, mesh: Mesh) -> tuple[int, Params]:
+  """(step, averaged parameters in their shards) of a workdir's newest checkpoint.
 
   Raises ConfigError if there is none, or if it holds another model.
   """
@@ -113,11 +118,8 @@ def load_ema(workdir: pathlib.Path, config: Config) -> tuple[int, Params]:
   if not folder.is_dir():
     raise ConfigError(f"no checkpoint in {workdir}: train it first with --mode=train")
   check_same_model(workdir, config)
-  mesh = sharding.make_mesh()
   with Checkpointer(folder, read_only=True) as checkpoints:
-    target = sharding.abstract(
-      denoiser.abstract_params(model), sharding.replicated(mesh)
-    )
+    target = sharding.place(mesh, denoiser.abstract_params(model))
     return checkpoints.restore_item("ema", target)
 
 
@@ -167,21 +169,27 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   config = as_trained(workdir, config)
   model = config_lib.build_model(config)
   plan = config_lib.plan(config, model)
-  step, params = load_ema(workdir, config)
-  folder = files.make_folder(workdir / "samples")
+  mesh = config_lib.make_mesh(config, model)
+  step, params = load_ema(workdir, config, mesh)
+  folder = workdir / "samples"
+  distributed.open_folder(folder)
   settings = config_lib.to_json(config) | {"step": step}
-  files.claim(folder / "config.json", settings, SAMPLING_LEAVES)
   s = config.sample
+
+  def claim() -> list[int]:
+    files.claim(folder / "config.json", settings, SAMPLING_LEAVES)
+    firsts = range(0, s.count, s.batch_size)
+    return [first for first in firsts if not _whole(folder, first, s)]
+
+  missing = distributed.on_leader(claim)
   labels = balanced_labels(s.count, config.model.classes)
-  firsts = range(0, s.count, s.batch_size)
-  missing = [f for f in firsts if not _whole(folder, f, s)]
   if not missing:
     logging.info("all %d samples are there: %s", s.count, folder)
     return
   logging.info("phase compile | sampling plan %s", plan)
   start = time.monotonic()
   fn = sample_fn(model, plan, s.solver, config.flow.path, config.data.shape)
-  draw = compile_sampler(fn, model, s.batch_size)
+  draw = compile_sampler(fn, model, s.batch_size, mesh)
   logging.info("phase compile | done in %.1f s", time.monotonic() - start)
   progress = Progress("sample", len(missing), s.batch_size)
   for done, first in enumerate(missing, 1):
@@ -190,7 +198,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       return
     index = np.arange(first, min(first + s.batch_size, s.count))
     images = draw(params, s.seed, index, labels[index])
-    files.save_samples(folder / f"{first:06d}.npz", images, labels[index])
+    if distributed.is_leader():
+      files.save_samples(folder / f"{first:06d}.npz", images, labels[index])
     progress.update(done)
 
 

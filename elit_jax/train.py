@@ -16,7 +16,16 @@ from absl import logging
 from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import files, monitor, optim, preemption, sample, sharding
+from elit_jax import (
+  distributed,
+  files,
+  memory,
+  monitor,
+  optim,
+  preemption,
+  sample,
+  sharding,
+)
 from elit_jax.budget import Budget, draw_budget
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
@@ -31,7 +40,6 @@ from elit_jax.models import denoiser, spec
 
 State = dict[str, Any]
 Metrics = dict[str, jax.Array]
-Step = Callable[[State, Mapping[str, jax.Array]], tuple[State, Metrics]]
 
 BATCH_KEYS = ("image", "label", "position")
 
@@ -40,18 +48,27 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=train`: trains to `train.steps`, going on from the newest checkpoint."""
   model = config_lib.build_model(config)
   budgets = config_lib.budgets(config, model)
-  mesh = sharding.make_mesh()
+  mesh = config_lib.make_mesh(config, model)
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
-  source = open_source(config)
-  files.make_folder(workdir)
+  share, shares = sharding.batch_share(mesh)
+  source = distributed.together(lambda: open_source(config))
+  distributed.open_folder(workdir)
   clock = monitor.Clock(workdir / "timing.json")
 
   with (
-    files.only_writer(workdir),
+    distributed.held_by_leader(files.only_writer(workdir)),
     Checkpointer(
       workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
     ) as checkpoints,
-    contextlib.closing(Loader(source, config.train.batch_size, config.seed)) as loader,
+    contextlib.closing(
+      Loader(
+        source,
+        config.train.batch_size,
+        config.seed,
+        process_index=share,
+        process_count=shares,
+      )
+    ) as loader,
   ):
     sample.check_same_model(workdir, config)
     state, window = restore_or_init(config, model, mesh, checkpoints, loader)
@@ -59,18 +76,20 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     if start >= config.train.steps:
       logging.info("nothing to train: the checkpoint has %d steps already", start)
       return
-    report_changes(workdir, config)
-    files.write_json(workdir / "config.json", config_lib.to_json(config))
-    monitor.log_model(model, config, workdir, start)
+    before = sample.trained_config(workdir)
+    distributed.on_leader(lambda: record_start(config, model, workdir, start, before))
     if start:
       clock.resume()
     clock.lap("setup")
     step_fns = warm_up(config, model, budgets, mesh)
+    if step_fns is None:
+      logging.info("termination signal: leaving before step %d", start)
+      return
     every = config.train.preview_every
-    previews = monitor.Previews(config, model, workdir) if every else None
+    previews = monitor.Previews(config, model, mesh, workdir) if every else None
     clock.lap("compile")
 
-    with Writer(workdir, start, enabled=jax.process_index() == 0) as writer:
+    with Writer(workdir, start, enabled=distributed.is_leader()) as writer:
       log = monitor.Log(config, model, writer, len(source), window)
 
       def save(step: int) -> None:
@@ -101,9 +120,22 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     clock.lap("train")
 
 
-def report_changes(workdir: pathlib.Path, config: Config) -> None:
+def record_start(
+  config: Config,
+  model: spec.Model,
+  workdir: pathlib.Path,
+  step: int,
+  before: Mapping[str, Any] | None,
+) -> None:
+  """Writes down what is going to be trained, from which step on."""
+  report_changes(before or {}, config)
+  files.write_json(workdir / "config.json", config_lib.to_json(config))
+  monitor.log_model(model, config, workdir, step)
+
+
+def report_changes(before: Mapping[str, Any], config: Config) -> None:
   """Says which leaves differ from those that the run was trained with up to here."""
-  old = files.flatten(sample.trained_config(workdir) or {})
+  old = files.flatten(before)
   for name, value in files.flatten(config_lib.to_json(config)).items():
     if name in old and old[name] != value:
       logging.warning("config.%s was %r, from here on it is %r", name, old[name], value)
@@ -142,6 +174,11 @@ def init_state(config: Config, model: spec.Model) -> State:
   }
 
 
+def abstract_state(config: Config, model: spec.Model, mesh: Mesh) -> State:
+  """Shapes, dtypes and shardings of the state."""
+  return sharding.place(mesh, jax.eval_shape(lambda: init_state(config, model)))
+
+
 def restore_or_init(
   config: Config,
   model: spec.Model,
@@ -150,14 +187,13 @@ def restore_or_init(
   loader: Loader,
 ) -> tuple[State, list]:
   """(state, log window) from the newest checkpoint, which also sets the loader, or
-  from scratch; created on its devices.
+  from scratch; created in its shards, whole on no device.
   """
-  everywhere = sharding.replicated(mesh)
-  init = functools.partial(init_state, config, model)
-  target = sharding.abstract(jax.eval_shape(init), everywhere)
+  target = abstract_state(config, model, mesh)
   found = checkpoints.restore(target)
   if found is None:
-    return jax.jit(init, out_shardings=everywhere)(), []
+    init = sharding.on_mesh(mesh, lambda: init_state(config, model))
+    return jax.jit(init, out_shardings=sharding.shardings(target))(), []
   step, state, host = found
   logging.info("going on from the checkpoint of step %d", step)
   loader.restore(host["data"])
@@ -260,27 +296,40 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
   }
 
 
+def lower_step(
+  config: Config, model: spec.Model, budget: Budget, mesh: Mesh
+) -> jax.stages.Lowered:
+  """The training step of a budget on a mesh, from shapes alone; it eats its state."""
+  state = abstract_state(config, model, mesh)
+  step = sharding.on_mesh(mesh, functools.partial(train_step, config, model, budget))
+  jitted = jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(sharding.shardings(state), sharding.replicated(mesh)),
+  )
+  return jitted.lower(state, abstract_batch(config, mesh))
+
+
 def warm_up(
   config: Config, model: spec.Model, budgets: tuple[Budget, ...], mesh: Mesh
-) -> dict[Budget, Step]:
+) -> dict[Budget, jax.stages.Compiled] | None:
   """Compiles the step of every budget before the first one runs.
 
-  What comes back are finished programs: they cannot retrace.
+  What comes back are finished programs: they cannot retrace. None if a termination
+  signal came meanwhile. ConfigError if one of them does not fit into memory.
   """
-  everywhere = sharding.replicated(mesh)
-  state = sharding.abstract(
-    jax.eval_shape(functools.partial(init_state, config, model)), everywhere
-  )
-  batch = abstract_batch(config, mesh)
   progress = Progress("compile", len(budgets))
-  compiled: dict[Budget, Step] = {}
+  compiled: dict[Budget, jax.stages.Compiled] = {}
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    running = {}
-    for budget in budgets:
-      step = functools.partial(train_step, config, model, budget)
-      jitted = jax.jit(step, donate_argnums=0, out_shardings=(everywhere, everywhere))
-      running[pool.submit(jitted.lower(state, batch).compile)] = budget
+    running = {
+      pool.submit(lower_step(config, model, budget, mesh).compile): budget
+      for budget in budgets
+    }
     for future in concurrent.futures.as_completed(running):
       compiled[running[future]] = future.result()
       progress.update(len(compiled))
+      if preemption.requested():
+        pool.shutdown(wait=False, cancel_futures=True)
+        return None
+  memory.check_programs({str(b): compiled[b] for b in budgets})
   return compiled

@@ -227,7 +227,7 @@ def test_what_changes_the_model_is_a_difference():
   for leaf, value in {
     "seed": 1,
     "model.dtype": "bfloat16",
-    "model.remat": True,
+    "model.remat": "full",
     "model.scan": False,
     "budgets": ["k1"],
     "flow.time": "uniform",

@@ -26,6 +26,8 @@ ENTRY_POINTS = frozenset({"train", "sample", "evaluate"})  # these see everythin
 ONLY: dict[str, frozenset[str]] = {
   "errors": frozenset(),
   "budget": frozenset(),
+  "trees": frozenset(),
+  "roofline": frozenset(),
   "nn": frozenset(),
   "models": frozenset({"nn", "budget"}),
 }
@@ -41,6 +43,7 @@ NEVER: dict[str, frozenset[str]] = {
   # The edge: they turn configs into models.
   "config": ENTRY_POINTS,
   "describe": ENTRY_POINTS,
+  "doctor": ENTRY_POINTS,
   "monitor": ENTRY_POINTS - {"sample"},
 }
 # Whoever has no row above. A new module that must see the models gets a row.

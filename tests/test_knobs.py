@@ -45,7 +45,9 @@ KNOBS = {
   "model.classes": Knob(11, "step sampling"),
   "model.qk_norm": Knob(True, "step sampling"),
   "model.dtype": Knob("bfloat16", "step sampling"),
-  "model.remat": Knob(True, "step"),
+  "model.remat": Knob("full", "step"),
+  "model.attention": Knob("splash", "choice"),
+  "mesh": Knob((1, 8, 1), "placement"),
   "model.scan": Knob(False, "step"),
   "data.source": Knob("digits", "data"),
   "data.shape": Knob((4, 4, 1), "step data"),
@@ -160,7 +162,7 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
 
     return {budget: fake(budget) for budget in budgets}
 
-  def compile_sampler(fn, model, size):
+  def compile_sampler(fn, model, size, mesh):
     return lambda params, seed, index, label: np.zeros((len(index), *config.data.shape))
 
   def init_state(config, model):
@@ -223,9 +225,8 @@ def recorded(mode, config: config_lib.Config) -> list:
 
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(jax.stages.Lowered, "compile", compile_nothing)
-    patch.setattr(sample, "load_ema", lambda workdir, config: (7, {}))
+    patch.setattr(sample, "load_ema", lambda workdir, config, mesh: (7, {}))
     patch.setattr(evaluate, "write", lambda *arguments: None)
-    patch.setattr(evaluate.jax, "device_put", lambda x, device: x)
     mode.run(config, pathlib.Path(folder))
     names = [path.name for path in pathlib.Path(folder).glob("samples/*")]
   # Programs are made by several threads, in any order.
@@ -238,6 +239,18 @@ def _plain(value: Any) -> list:
   return np.asarray(value).tolist()
 
 
+def placement(config: config_lib.Config) -> Any:
+  """Where the state lives."""
+  mesh = sharding.make_mesh(config.mesh)
+  model = config_lib.build_model(config)
+  return str(sharding.shardings(train.abstract_state(config, model, mesh)))
+
+
+def choice(config: config_lib.Config) -> Any:
+  """The attention kernel that the model asks for."""
+  return config_lib.build_model(config).compute.attention
+
+
 def sampling(config: config_lib.Config) -> Any:
   return recorded(sample, config)
 
@@ -248,7 +261,18 @@ def evaluation(config: config_lib.Config) -> Any:
 
 EFFECTS = {
   f.__name__: f
-  for f in (step, init, data, budgets, training, stopping, sampling, evaluation)
+  for f in (
+    choice,
+    placement,
+    step,
+    init,
+    data,
+    budgets,
+    training,
+    stopping,
+    sampling,
+    evaluation,
+  )
 }
 _seen: dict[tuple[str, str], Any] = {}
 

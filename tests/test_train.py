@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging as absl_logging
-from jax.sharding import AxisType
 from ml_collections import ConfigDict
 
 from configs import base
@@ -31,6 +30,7 @@ from elit_jax.models import denoiser, presets, spec
 
 # Rates are of the clock; all else is the same however often a run was interrupted.
 RATES = {"images_per_second"}
+real_make_mesh = sharding.make_mesh
 KEPT = ("params", "ema", "opt")  # what a bad step must not touch
 
 
@@ -41,7 +41,7 @@ def cheap_programs():
   They compile in half the time. Whole runs have two devices, single steps up to eight.
   """
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, "make_mesh", lambda: mesh_of(2))
+    patch.setattr(sharding, "make_mesh", lambda wanted=None: mesh_of(2))
     patch.setitem(presets.SIZES, "test", presets.Size(1, 16, 2))
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -138,9 +138,7 @@ STEP = {
 
 
 def mesh_of(devices: int):
-  return jax.make_mesh(
-    (devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices]
-  )
+  return real_make_mesh((devices, 1, 1), jax.devices()[:devices])
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +158,7 @@ def step_of():
     def step(state, batch):
       # Copies: the program takes the buffers it is given for its own.
       state = jax.tree.map(np.array, state)
-      state = jax.device_put(state, sharding.replicated(mesh))
+      state = jax.device_put(state, sharding.shardings(sharding.place(mesh, state)))
       return jax.device_get(program(state, sharding.put_batch(mesh, batch, 32)))
 
     return step

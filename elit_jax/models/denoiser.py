@@ -10,6 +10,7 @@ from elit_jax.budget import Budget
 from elit_jax.models.spec import Blocks, Model, grid_of, names, seams
 from elit_jax.models.stages import Params, Stream, fold, init_stage, run_stage
 from elit_jax.nn import embed as nn_embed
+from elit_jax.nn.partition import split_batch
 from elit_jax.nn.position import sincos_table
 
 
@@ -65,7 +66,7 @@ def embed(
   clock = t_B if model.time.noise_at == 1 else 1 - t_B
   time_BD = parts["time"].apply({"params": params["time"]}, model.time.scale * clock)
   label_BD = parts["label"].apply({"params": params["label"]}, label_B)
-  return Stream(tokens_BND, time_BD + label_BD, grid)
+  return Stream(split_batch(tokens_BND), split_batch(time_BD + label_BD), grid)
 
 
 def _run(
@@ -97,7 +98,7 @@ def unembed(model: Model, params: Params, stream: Stream) -> Output:
   part = _parts(model)["unembed"]
   patches_BNP = part.apply({"params": params["unembed"]}, stream.x, stream.c)
   out = nn_embed.unpatchify(patches_BNP, stream.grid, model.patch)
-  velocity = out[..., : model.channels]
+  velocity = split_batch(out[..., : model.channels])
   return Output(velocity if model.time.noise_at == 1 else -velocity, stream.taps)
 
 

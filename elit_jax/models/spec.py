@@ -76,11 +76,13 @@ class Compute:
   """How a network is run, not what it computes.
 
   dtype: of matmuls; parameters, norms, softmax and the residual stream stay fp32.
-  remat: recompute each block in the backward pass. scan: False unrolls the blocks.
+  remat: what the backward pass recomputes of each block, see REMAT. attention: the
+  kernel, see `nn.attention`. scan: False unrolls the blocks.
   """
 
   dtype: str = "float32"
-  remat: bool = True
+  remat: str = "full"
+  attention: str = "auto"
   scan: bool = True
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from elit_jax.budget import Budget
 from elit_jax.models.spec import (
   Blocks,
+  Compute,
   Grid,
   Model,
   Read,
@@ -23,8 +25,19 @@ from elit_jax.models.spec import (
   kept,
 )
 from elit_jax.nn import blocks, embed, latent_interface
+from elit_jax.nn.partition import split_batch
 
 Params = dict[str, Any]
+
+# What the backward pass keeps of a block's forward pass; the rest it computes again.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+  "none": lambda body: body,  # keep all
+  "dots": functools.partial(  # keep what linear layers return
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  ),
+  "full": jax.checkpoint,  # keep the input alone
+}
 
 
 @functools.partial(
@@ -54,19 +67,26 @@ def fold(key: jax.Array, name: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
+def _kernels(compute: Compute) -> dict[str, Any]:
+  return {"dtype": jnp.dtype(compute.dtype), "backend": compute.attention}
+
+
 def _block(model: Model, stage: Blocks) -> blocks.Block:
-  dtype = jnp.dtype(model.compute.dtype)
-  return blocks.Block(model.heads, stage.mlp_ratio, stage.qk_norm, dtype)
+  return blocks.Block(
+    model.heads, stage.mlp_ratio, stage.qk_norm, **_kernels(model.compute)
+  )
 
 
 def _read(model: Model, stage: Read) -> latent_interface.Read:
-  dtype = jnp.dtype(model.compute.dtype)
-  return latent_interface.Read(model.heads, stage.window, stage.positions, dtype)
+  return latent_interface.Read(
+    model.heads, stage.window, stage.positions, **_kernels(model.compute)
+  )
 
 
 def _write(model: Model, stage: Write) -> latent_interface.Write:
-  dtype = jnp.dtype(model.compute.dtype)
-  return latent_interface.Write(model.heads, stage.window, stage.depth, dtype)
+  return latent_interface.Write(
+    model.heads, stage.window, stage.depth, **_kernels(model.compute)
+  )
 
 
 def _projector(model: Model, stage: Tap, features: int) -> embed.Projector:
@@ -120,7 +140,7 @@ def run_stage(
         {"params": params}, stream.x, stream.c, stream.grid, count
       )
       core = latents[:, :, : kept(stage, budget)]
-      x = core.reshape(core.shape[0], -1, model.width)
+      x = split_batch(core.reshape(core.shape[0], -1, model.width))
       return dataclasses.replace(stream, x=x, patches=patches, latents=latents)
     case Write():
       assert stream.patches is not None
@@ -128,7 +148,7 @@ def run_stage(
       x = _write(model, stage).apply(
         {"params": params}, stream.patches, latents, stream.grid
       )
-      return dataclasses.replace(stream, x=x, patches=None, latents=None)
+      return dataclasses.replace(stream, x=split_batch(x), patches=None, latents=None)
     case Tap():
       taps = tuple(
         _projector(model, stage, features).apply(
@@ -154,10 +174,9 @@ def _run_blocks(
   module = _block(model, stage)
 
   def body(x_BND: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-    return module.apply({"params": layer}, x_BND, stream.c), None
+    return split_batch(module.apply({"params": layer}, x_BND, stream.c)), None
 
-  if model.compute.remat:
-    body = jax.checkpoint(body)
+  body = REMAT[model.compute.remat](body)
   if model.compute.scan:
     return jax.lax.scan(body, stream.x, params)[0]
   x = stream.x

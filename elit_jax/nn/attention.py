@@ -1,22 +1,307 @@
-"""Self- and cross-attention; kernels keep the head axis apart, so it can be sharded."""
+"""Attention behind one function, and the self- and cross-attention made of it.
 
+Heads stay an axis of their own, so they can be sharded; the sequence never is.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from elit_jax.nn.linear import fan_in_uniform, linear, zeros
 from elit_jax.nn.modulation import rms_norm
+from elit_jax.nn.partition import BATCH, TENSOR
+
+Segments = tuple[jax.Array, jax.Array]
+Kernel = Callable[[jax.Array, jax.Array, jax.Array, Segments | None], jax.Array]
+
+# No segment of a user has this id.
+_PADDING = jnp.iinfo(jnp.int32).min
 
 
-def attention(q_BNAK: jax.Array, k_BMAK: jax.Array, v_BMAK: jax.Array) -> jax.Array:
-  """softmax(q k^T / sqrt(K)) v for each head, softmax in fp32; returns (B, N, A, K)."""
+def attention(
+  q_BNAK: jax.Array,
+  k_BMAK: jax.Array,
+  v_BMAK: jax.Array,
+  segments: Segments | None = None,
+  backend: str = "auto",
+) -> jax.Array:
+  """softmax(q k^T / sqrt(K)) v for each head, softmax in fp32; returns (B, N, A, K).
+
+  With `segments`, int32 ids of the queries (B, N) and of the keys (B, M), a query sees
+  the keys of its own segment alone, of which there must be one. `backend` is "auto" or
+  a name in `BACKENDS`; ValueError if it cannot run here.
+  """
+  needs = platform(), q_BNAK.dtype, q_BNAK.shape[-1]
+  if backend == "auto":
+    lengths = q_BNAK.shape[1], k_BMAK.shape[1]
+    backend = choose(*needs, *lengths, segmented=segments is not None)
+  check_backend(backend, *needs)
+  return BACKENDS[backend].run(q_BNAK, k_BMAK, v_BMAK, segments)
+
+
+def xla(
+  q_BNAK: jax.Array, k_BMAK: jax.Array, v_BMAK: jax.Array, segments: Segments | None
+) -> jax.Array:
+  """Attention as two einsums, on any platform; holds the (B, A, N, M) weights."""
   logits_BANM = jnp.einsum(
     "bnak,bmak->banm", q_BNAK, k_BMAK, preferred_element_type=jnp.float32
   )
-  weights_BANM = jax.nn.softmax(logits_BANM * q_BNAK.shape[-1] ** -0.5)
+  logits_BANM *= q_BNAK.shape[-1] ** -0.5
+  if segments is not None:
+    same_B1NM = _same_segment(segments)
+    logits_BANM = jnp.where(same_B1NM, logits_BANM, jnp.finfo(jnp.float32).min)
+  weights_BANM = jax.nn.softmax(logits_BANM)
   return jnp.einsum("banm,bmak->bnak", weights_BANM.astype(v_BMAK.dtype), v_BMAK)
+
+
+def cudnn(
+  q_BNAK: jax.Array, k_BMAK: jax.Array, v_BMAK: jax.Array, segments: Segments | None
+) -> jax.Array:
+  """cuDNN's fused attention; segments become its bias (B, 1, N, M)."""
+  return _on_each_device(_cudnn, q_BNAK, k_BMAK, v_BMAK, segments)
+
+
+def splash(
+  q_BNAK: jax.Array,
+  k_BMAK: jax.Array,
+  v_BMAK: jax.Array,
+  segments: Segments | None,
+  interpret: bool = False,
+) -> jax.Array:
+  """The Pallas kernel for TPUs; `interpret` runs it anywhere, slowly."""
+  kernel = functools.partial(_splash, interpret=interpret)
+  return _on_each_device(kernel, q_BNAK, k_BMAK, v_BMAK, segments)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+  """A kernel, what it needs, and when "auto" takes it.
+
+  platforms, dtypes: those it runs on, all if empty. Head widths are multiples of
+  `width_step` up to `max_width`. "auto" takes it from `shortest` queries and keys on,
+  and for segments if `auto_segments`.
+  """
+
+  run: Kernel
+  platforms: tuple[str, ...] = ()
+  dtypes: tuple[str, ...] = ()
+  width_step: int = 1
+  max_width: float = math.inf
+  shortest: int = 0
+  auto_segments: bool = True
+
+  def objection(self, platform: str, dtype: Any, head_width: int) -> str:
+    """Why it cannot run so, as in "runs on gpu, not on cpu"; empty if it can."""
+    name = jnp.dtype(dtype).name
+    if self.platforms and platform not in self.platforms:
+      return f"runs on {' or '.join(self.platforms)}, not on {platform}"
+    if self.dtypes and name not in self.dtypes:
+      return f"computes in {' or '.join(self.dtypes)}, not in {name}"
+    if head_width % self.width_step or head_width > self.max_width:
+      return (
+        f"takes head widths that are multiples of {self.width_step} "
+        f"up to {self.max_width}, not {head_width}"
+      )
+    return ""
+
+
+# In the order in which "auto" asks. The lengths are rules of thumb: below 64 tokens a
+# tile of cuDNN is mostly empty, below some 1024 XLA's attention is enough for a TPU.
+# Segments would make cuDNN compute the gradient of a bias (jax-ml/jax#30593): "auto"
+# does not take it for them until that has been measured.
+BACKENDS: dict[str, Backend] = {
+  "cudnn": Backend(
+    cudnn,
+    platforms=("gpu",),
+    dtypes=("bfloat16", "float16"),
+    width_step=8,
+    max_width=128,
+    shortest=64,
+    auto_segments=False,
+  ),
+  "splash": Backend(
+    splash, platforms=("tpu",), dtypes=("bfloat16", "float32"), shortest=1024
+  ),
+  "xla": Backend(xla),
+}
+
+
+def choose(
+  platform: str,
+  dtype: Any,
+  head_width: int,
+  q_length: int,
+  k_length: int,
+  segmented: bool,
+) -> str:
+  """The backend that "auto" stands for: the first in `BACKENDS` that can and pays."""
+  shorter = min(q_length, k_length)
+  return next(
+    name
+    for name, backend in BACKENDS.items()
+    if not backend.objection(platform, dtype, head_width)
+    and shorter >= backend.shortest
+    and (backend.auto_segments or not segmented)
+  )
+
+
+def check_backend(name: str, platform: str, dtype: Any, head_width: int) -> None:
+  """Raises ValueError unless `name` is "auto" or a backend that can run so."""
+  if name == "auto":
+    return
+  if name not in BACKENDS:
+    known = ", ".join(["auto", *BACKENDS])
+    raise ValueError(f"unknown attention backend {name!r}: use one of {known}")
+  if objection := BACKENDS[name].objection(platform, dtype, head_width):
+    raise ValueError(
+      f"attention backend {name!r} {objection}: use 'auto', which takes what can run"
+    )
+
+
+def platform() -> str:
+  """Where jitted code runs by default: "cpu", "tpu", "gpu" or "other gpu".
+
+  The last is a GPU without cuDNN's fused attention: AMD's, or NVIDIA's before compute
+  capability 8.0 (Ampere).
+  """
+  name = jax.default_backend()
+  if name != "gpu":
+    return name
+  # "9.0" on NVIDIA's, "gfx90a" on AMD's.
+  capability = getattr(jax.local_devices()[0], "compute_capability", "")
+  major = str(capability).partition(".")[0]
+  return "gpu" if major.isdigit() and int(major) >= 8 else "other gpu"
+
+
+def _on_each_device(
+  kernel: Kernel,
+  q_BNAK: jax.Array,
+  k_BMAK: jax.Array,
+  v_BMAK: jax.Array,
+  segments: Segments | None,
+) -> jax.Array:
+  """The kernel on each device's own rows and heads.
+
+  jit cannot look into a kernel to partition it. With a mesh in context (`jax.set_mesh`)
+  rows are split over its axes `data` and `fsdp` and heads over `tensor`, where these
+  divide them; axes that an enclosing shard_map has split already are left alone.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
+  if not free:
+    return kernel(q_BNAK, k_BMAK, v_BMAK, segments)
+
+  def over(size: int, *names: str) -> tuple[str, ...] | None:
+    names = tuple(name for name in names if name in free)
+    return None if size % math.prod(mesh.shape[name] for name in names) else names
+
+  rows = PartitionSpec(over(q_BNAK.shape[0], *BATCH))
+  heads = PartitionSpec(*rows, None, over(q_BNAK.shape[2], TENSOR))
+  return jax.shard_map(
+    kernel,
+    in_specs=(heads, heads, heads, rows),
+    out_specs=heads,
+    axis_names=set(free),
+    check_vma=False,  # kernels do not say over which axes their output varies
+  )(q_BNAK, k_BMAK, v_BMAK, segments)
+
+
+def _cudnn(
+  q_BNAK: jax.Array, k_BMAK: jax.Array, v_BMAK: jax.Array, segments: Segments | None
+) -> jax.Array:
+  # Its backward pass, as JAX offers it, takes even lengths alone.
+  q, k, v, ids = _pad(2, q_BNAK, k_BMAK, v_BMAK, segments)
+  mask = q_lengths = k_lengths = None
+  if ids is not None and segments is not None:
+    mask = _same_segment(ids)
+  elif ids is not None:  # lengths cost less than segments, which would become a bias
+    q_lengths, k_lengths = (
+      jnp.full(x.shape[0], x.shape[1], jnp.int32) for x in (q_BNAK, k_BMAK)
+    )
+  out = jax.nn.dot_product_attention(
+    q,
+    k,
+    v,
+    mask=mask,
+    query_seq_lengths=q_lengths,
+    key_value_seq_lengths=k_lengths,
+    implementation="cudnn",
+  )
+  return out[:, : q_BNAK.shape[1]]
+
+
+def _splash(
+  q_BNAK: jax.Array,
+  k_BMAK: jax.Array,
+  v_BMAK: jax.Array,
+  segments: Segments | None,
+  interpret: bool,
+) -> jax.Array:
+  # Imported here: no other backend should wait for Pallas.
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernels,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+  )
+
+  q, k, v, segments = _pad(128, q_BNAK, k_BMAK, v_BMAK, segments)
+  (_, queries, heads, width), keys = q.shape, k.shape[1]
+  q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)  # it does not scale
+  block_q, block_kv = math.gcd(queries, 512), math.gcd(keys, 512)
+  kernel = kernels.make_splash_mha_single_device(
+    masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads),
+    block_sizes=kernels.BlockSizes(
+      block_q=block_q,
+      block_kv=block_kv,
+      block_q_dkv=block_q,
+      block_kv_dkv=block_kv,
+      block_q_dq=block_q,
+      block_kv_dq=block_kv,
+    ),
+    interpret=interpret,
+  )
+  ids = None if segments is None else kernels.SegmentIds(*segments)
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  out_BANK = jax.vmap(kernel)(q, k, v, ids)
+  return out_BANK.swapaxes(1, 2)[:, : q_BNAK.shape[1]]
+
+
+def _same_segment(segments: Segments) -> jax.Array:
+  """(B, 1, N, M): whether a query and a key are of one segment."""
+  q_BN, k_BM = segments
+  return (q_BN[:, :, None] == k_BM[:, None, :])[:, None]
+
+
+def _pad(
+  multiple: int,
+  q_BNAK: jax.Array,
+  k_BMAK: jax.Array,
+  v_BMAK: jax.Array,
+  segments: Segments | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, Segments | None]:
+  """Both lengths raised to a multiple, with the padding as a segment of its own.
+
+  All come back as they are if their lengths are multiples already.
+  """
+  if not (q_BNAK.shape[1] % multiple or k_BMAK.shape[1] % multiple):
+    return q_BNAK, k_BMAK, v_BMAK, segments
+
+  def longer(x: jax.Array, value: int = 0) -> jax.Array:
+    widths = [(0, 0)] * x.ndim
+    widths[1] = (0, -x.shape[1] % multiple)
+    return jnp.pad(x, widths, constant_values=value)
+
+  q_BN, k_BM = segments or [jnp.zeros(x.shape[:2], jnp.int32) for x in (q_BNAK, k_BMAK)]
+  ids = longer(q_BN, _PADDING), longer(k_BM, _PADDING)
+  return longer(q_BNAK), longer(k_BMAK), longer(v_BMAK), ids
 
 
 class SelfAttention(nn.Module):
@@ -29,6 +314,7 @@ class SelfAttention(nn.Module):
   heads: int
   qk_norm: bool = False
   dtype: Any = jnp.float32
+  backend: str = "auto"
 
   @nn.compact
   def __call__(self, x_BND: jax.Array) -> jax.Array:
@@ -39,7 +325,8 @@ class SelfAttention(nn.Module):
     if self.qk_norm:
       q_BNAK = nn.LayerNorm(epsilon=1e-5, name="q_norm")(q_BNAK.astype(jnp.float32))
       k_BNAK = nn.LayerNorm(epsilon=1e-5, name="k_norm")(k_BNAK.astype(jnp.float32))
-    out_BNAK = attention(q_BNAK.astype(self.dtype), k_BNAK.astype(self.dtype), v_BNAK)
+    q_BNAK, k_BNAK = q_BNAK.astype(self.dtype), k_BNAK.astype(self.dtype)
+    out_BNAK = attention(q_BNAK, k_BNAK, v_BNAK, backend=self.backend)
     return linear(width, name="out", dtype=self.dtype, inputs=2)(out_BNAK)
 
 
@@ -47,12 +334,13 @@ class CrossAttention(nn.Module):
   """Multi-head cross-attention with full-width RMS norms on queries and keys (ELIT).
 
   `zero_out` zeroes the output projection at initialisation, so that a residual branch
-  starts silent.
+  starts silent. Queries of a batch of one serve every row of the context.
   """
 
   heads: int
   zero_out: bool = False
   dtype: Any = jnp.float32
+  backend: str = "auto"
 
   @nn.compact
   def __call__(self, x_BND: jax.Array, context_BMD: jax.Array) -> jax.Array:
@@ -65,7 +353,10 @@ class CrossAttention(nn.Module):
     k_BMAK, v_BMAK = kv_BM2AK[:, :, 0], kv_BM2AK[:, :, 1]
     q_BNAK = rms_norm(q_BNAK, self.param("q_norm", nn.initializers.ones, head))
     k_BMAK = rms_norm(k_BMAK, self.param("k_norm", nn.initializers.ones, head))
-    out_BNAK = attention(q_BNAK.astype(self.dtype), k_BMAK.astype(self.dtype), v_BMAK)
+    # Before the cast: the backward pass sums over the rows, which wants fp32.
+    q_BNAK = jnp.broadcast_to(q_BNAK, (k_BMAK.shape[0], *q_BNAK.shape[1:]))
+    q_BNAK, k_BMAK = q_BNAK.astype(self.dtype), k_BMAK.astype(self.dtype)
+    out_BNAK = attention(q_BNAK, k_BMAK, v_BMAK, backend=self.backend)
     if self.zero_out:
       kwargs |= {"init": zeros, "bias_init": zeros}
     return linear(width, name="out", inputs=2, **kwargs)(out_BNAK)

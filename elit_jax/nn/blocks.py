@@ -18,13 +18,16 @@ class Block(nn.Module):
   mlp_ratio: float = 4.0
   qk_norm: bool = False
   dtype: Any = jnp.float32
+  backend: str = "auto"
 
   @nn.compact
   def __call__(self, x_BND: jax.Array, c_BD: jax.Array) -> jax.Array:
     width = x_BND.shape[-1]
     modulation = Modulation(6, width, self.dtype, name="modulation")
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(c_BD)
-    attn = SelfAttention(self.heads, self.qk_norm, self.dtype, name="attn")
+    attn = SelfAttention(
+      self.heads, self.qk_norm, self.dtype, self.backend, name="attn"
+    )
     mlp = Mlp(int(width * self.mlp_ratio), width, dtype=self.dtype, name="mlp")
     y_BND = attn(modulate(layer_norm(x_BND), shift_a, scale_a))
     x_BND = x_BND + gate_a * y_BND.astype(jnp.float32)

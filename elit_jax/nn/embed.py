@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from elit_jax.nn.linear import linear, normal, xavier, zeros
 from elit_jax.nn.modulation import Modulation, layer_norm, modulate
+from elit_jax.nn.partition import whole
 from elit_jax.nn.position import timestep_features
 
 
@@ -78,7 +79,7 @@ class LabelEmbed(nn.Module):
   @nn.compact
   def __call__(self, label_B: jax.Array) -> jax.Array:
     table = self.param("table", normal, (self.classes + 1, self.width))
-    return jnp.take(table, label_B, axis=0, mode="clip")
+    return jnp.take(whole(table), label_B, axis=0, mode="clip")
 
 
 class Unembed(nn.Module):

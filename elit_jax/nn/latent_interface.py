@@ -43,6 +43,7 @@ def ungroup_tokens(
 
 
 def _within_groups(x_BGND: jax.Array) -> jax.Array:
+  """(B, G, N, D) to (B G, N, D): attention sees groups as rows of a batch."""
   return x_BGND.reshape(-1, *x_BGND.shape[2:])
 
 
@@ -58,6 +59,7 @@ class Read(nn.Module):
   window: Sequence[int]
   positions: int
   dtype: Any = jnp.float32
+  backend: str = "auto"
 
   @nn.compact
   def __call__(
@@ -69,23 +71,26 @@ class Read(nn.Module):
     table = self.param("latent_position", normal, (self.positions, width))
 
     patches_BGND = group_tokens(x_BND, grid, self.window) + slot_ND[None, None]
-    batch, groups = patches_BGND.shape[:2]
     # Seven chunks as in the released weights; the seventh is never used.
     chunks = Modulation(7, width, self.dtype, name="modulation")(c_BD)
     shift, scale, gate, shift_m, scale_m, gate_m = (
-      jnp.repeat(chunk, groups, axis=0) for chunk in chunks[:6]
+      chunk_B1D[:, None] for chunk_B1D in chunks[:6]
     )
-    context = modulate(layer_norm(_within_groups(patches_BGND)), shift, scale)
-    latents = jnp.broadcast_to(query_ND[None, :count], (batch * groups, count, width))
-    attn = CrossAttention(self.heads, dtype=self.dtype, name="attn")
+    context_BGND = modulate(layer_norm(patches_BGND), shift, scale)
+    # Every group asks the same: its queries are projected once, for all of them.
+    query_1JD = query_ND[None, :count]
+    attn = CrossAttention(
+      self.heads, dtype=self.dtype, backend=self.backend, name="attn"
+    )
     init = fan_in_uniform(width)
     mlp = Mlp(width, width, init, init, bias=False, dtype=self.dtype, name="mlp")
-    latents = latents + gate * attn(latents, context).astype(jnp.float32)
-    y = mlp(modulate(layer_norm(latents), shift_m, scale_m))
-    latents = latents + gate_m * y.astype(jnp.float32)
+    y_BGJD = attn(query_1JD, _within_groups(context_BGND)).astype(jnp.float32)
+    y_BGJD = y_BGJD.reshape(*patches_BGND.shape[:2], count, width)
+    latents_BGJD = query_1JD[None] + gate * y_BGJD
+    y_BGJD = mlp(modulate(layer_norm(latents_BGJD), shift_m, scale_m))
+    latents_BGJD = latents_BGJD + gate_m * y_BGJD.astype(jnp.float32)
     position_1GND = group_tokens(table[None, : math.prod(grid)], grid, self.window)
-    latents = latents.reshape(batch, groups, count, width) + position_1GND[:, :, :count]
-    return latents, patches_BGND
+    return latents_BGJD + position_1GND[:, :, :count], patches_BGND
 
 
 class Write(nn.Module):
@@ -99,6 +104,7 @@ class Write(nn.Module):
   window: Sequence[int]
   depth: int = 1
   dtype: Any = jnp.float32
+  backend: str = "auto"
 
   @nn.compact
   def __call__(
@@ -110,7 +116,9 @@ class Write(nn.Module):
     latents = _within_groups(latents_BGJD)
     init = fan_in_uniform(width)
     for i in range(self.depth):
-      attn = CrossAttention(self.heads, True, self.dtype, name=f"attn_{i}")
+      attn = CrossAttention(
+        self.heads, True, self.dtype, self.backend, name=f"attn_{i}"
+      )
       mlp = Mlp(width, width, init, zeros, False, self.dtype, name=f"mlp_{i}")
       x = x + attn(x, latents).astype(jnp.float32)
       x = x + mlp(x).astype(jnp.float32)

@@ -208,7 +208,7 @@ def jaxpr_of(model: spec.Model, budget: Budget = Budget()):
 
 
 def test_remat_changes_memory_and_nothing_else():
-  without = dataclasses.replace(ELIT, compute=spec.Compute(remat=False))
+  without = dataclasses.replace(ELIT, compute=spec.Compute(remat="none"))
   assert "remat" in str(jaxpr_of(ELIT)) and "remat" not in str(jaxpr_of(without))
 
   def gradient(model):

@@ -1,0 +1,470 @@
+"""`--mode=doctor`: what would go wrong here with this config, and what to do about it.
+
+A check is a function from config and workdir to a Finding; another one is one more
+entry of CHECKS. None of them trains, and none writes but for opening the workdir.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from elit_jax import config as config_lib
+from elit_jax import distributed, roofline, sharding
+from elit_jax.config import Config
+from elit_jax.data import sources
+from elit_jax.data.pipeline import Loader
+from elit_jax.models import denoiser, spec
+from elit_jax.nn import attention as attention_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """What a check has found.
+
+  ok: False needs `advice` to be followed, None could not be judged.
+  """
+
+  name: str
+  ok: bool | None
+  found: str
+  advice: str = ""
+
+
+Check = Callable[[Config, pathlib.Path | None], Finding]
+
+REQUIREMENTS = pathlib.Path(__file__).resolve().parents[1] / "requirements.txt"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+PYTHON_FLOOR = "3.11"  # that of pyproject.toml
+
+# What makes each library read its flags without touching a device that only one
+# process may hold, and whether it is there to do so.
+READERS: Mapping[str, tuple[str, str]] = {
+  "XLA_FLAGS": ("jaxlib", "import jax; jax.devices()"),
+  "LIBTPU_INIT_ARGS": (
+    "libtpu",
+    "from jax.experimental import topologies as t; t.get_topology_desc('v5e:2x2', "
+    "'tpu')",
+  ),
+}
+
+ENOUGH = 10  # times faster than training needs them should examples come
+BUSY = 0.8  # load a core above which timings mean little
+STATE_BYTES = 16  # a parameter in fp32, its average and two moments
+
+
+# --- the checks -----------------------------------------------------------------------
+
+
+def flags(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Flags in the environment that the installed libraries refuse."""
+  found, bad = [], []
+  for variable, (package, _) in READERS.items():
+    value = os.environ.get(variable, "").strip()
+    if not value:
+      continue
+    if importlib.util.find_spec(package) is None:
+      found.append(f"{variable} is not read: there is no {package}")
+      continue
+    refused = refused_flags(variable, value)
+    bad += [f"{variable}: {flag}" for flag in refused]
+    if not refused:
+      found.append(f"{variable} is accepted by {package} {_version(package)}")
+  if bad:
+    advice = "remove what is refused: an unknown flag aborts the process"
+    if any("--xla_tpu" in flag and flag.startswith("XLA_FLAGS") for flag in bad):
+      advice += "; TPU flags belong in LIBTPU_INIT_ARGS"
+    return Finding("flags", False, "refused: " + "; ".join(bad), advice)
+  return Finding("flags", True, "; ".join(found) or "none are set")
+
+
+def refused_flags(variable: str, value: str) -> list[str]:
+  """Which flags in the value of XLA_FLAGS or LIBTPU_INIT_ARGS abort a process.
+
+  Each is tried in a child process once all together have failed; the whole value is
+  returned if each is accepted alone.
+  """
+  if _starts_with(variable, value):
+    return []
+  alone = [flag for flag in value.split() if not _starts_with(variable, flag)]
+  return alone or [value]
+
+
+def _starts_with(variable: str, value: str) -> bool:
+  """Whether a child process outlives reading these flags."""
+  env = {name: text for name, text in os.environ.items() if name not in READERS}
+  # The child must neither take the device nor ask a cloud who it is.
+  env |= {variable: value, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+  command = [sys.executable, "-c", READERS[variable][1]]
+  done = subprocess.run(command, env=env, capture_output=True, timeout=120, check=False)
+  return done.returncode == 0
+
+
+def versions(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Installed versions against those that requirements.txt asks for."""
+  wanted = _requirements() | {"python": f">={PYTHON_FLOOR}"}
+  wanted.setdefault("jaxlib", wanted.get("jax", ""))
+  installed = {"python": ".".join(map(str, sys.version_info[:3]))}
+  installed |= {name: _version(name) for name in PACKAGES}
+  found = ", ".join(f"{name} {version}" for name, version in installed.items())
+  wrong = [
+    f"{name} {wanted.get(name, '')}"
+    for name, version in installed.items()
+    if not fits(version, wanted.get(name, ""))
+  ]
+  if wrong:
+    advice = f"wanted: {', '.join(wrong)}; pip install -r requirements.txt"
+    return Finding("versions", False, found, advice)
+  return Finding("versions", True, found)
+
+
+def fits(version: str, wanted: str) -> bool:
+  """Whether a version meets clauses such as `>=0.12,<0.13`; "none" meets nothing."""
+  if version == "none":
+    return False
+  compare: Mapping[str, Callable[[list[int], list[int]], bool]] = {
+    ">=": lambda a, b: a >= b,
+    "<": lambda a, b: a < b,
+  }
+  clauses = re.findall(r"(>=|<)\s*([\d.]+)", wanted)
+  return all(compare[op](_numbers(version), _numbers(text)) for op, text in clauses)
+
+
+def _numbers(version: str) -> list[int]:
+  """0.12.0rc1 is [0, 12]: an end of zeros or letters does not count."""
+  numbers = [int(n) for n in re.findall(r"^[\d.]+", version)[0].strip(".").split(".")]
+  while numbers and numbers[-1] == 0:
+    numbers.pop()
+  return numbers
+
+
+def _requirements() -> dict[str, str]:
+  """Clauses by package, of the clone or else of the installed package."""
+  if REQUIREMENTS.is_file():
+    lines: Sequence[str] = REQUIREMENTS.read_text("utf-8").splitlines()
+  else:
+    lines = importlib.metadata.requires("elit_jax") or []
+  matches = (re.match(r"([\w-]+)\s*([<>=][\d.,<>= ]*)", line) for line in lines)
+  return {match[1]: match[2].strip() for match in matches if match}
+
+
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return "none"
+
+
+def launcher(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Who says how many processes there are, and whether that many have met."""
+  env, count = os.environ, jax.process_count()
+  explicit = [name for name in distributed.EXPLICIT if env.get(name)]
+  tasks = int(env.get("SLURM_NTASKS") or 1)
+  if explicit:
+    missing = [name for name in distributed.EXPLICIT if name not in explicit]
+    promised = env.get("ELIT_PROCESS_COUNT", "")
+    seen = f"explicit: {promised or '?'} processes at {env.get(explicit[0])}"
+    if missing and promised != "1":
+      return Finding("launcher", False, seen, f"set {', '.join(missing)} as well")
+  elif tasks > 1:
+    promised = str(tasks)
+    seen = f"SLURM: {tasks} tasks"
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
+      advice = "start with srun inside the job, or unset SLURM_NTASKS for one process"
+      return Finding("launcher", False, f"{seen}, but this is no step", advice)
+    if idle := _idle_gpus(env):
+      return Finding("launcher", False, f"{seen}; {idle}", "see launch/README.md")
+  elif int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
+    promised = env["OMPI_COMM_WORLD_SIZE"]
+    seen = f"Open MPI: {promised} processes"
+  elif env.get("TPU_WORKER_HOSTNAMES") or jax.default_backend() == "tpu":
+    promised, seen = "", f"TPU slice of {count} hosts"
+  else:
+    promised, seen = "1", "none: one process"
+  if promised and promised != str(count):
+    advice = "start as many as the launcher says, all with the same coordinator"
+    return Finding("launcher", False, f"{seen}, of which {count} have met", advice)
+  return Finding("launcher", True, seen)
+
+
+def _idle_gpus(env: Mapping[str, str]) -> str:
+  """Says so if the tasks of a SLURM node see fewer GPUs than it has; else empty."""
+  tasks = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+  gpus = env.get("SLURM_GPUS_ON_NODE", "")
+  if tasks is None or not gpus.isdigit() or jax.default_backend() != "gpu":
+    return ""
+  used = jax.local_device_count() * int(tasks[0])
+  if used >= int(gpus):
+    return ""
+  return (
+    f"{tasks[0]} tasks use {used} of {gpus} GPUs of a node: a task a GPU, or "
+    "JAX_LOCAL_DEVICE_IDS"
+  )
+
+
+def devices(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """What jax computes on."""
+  first = jax.local_devices()[0]
+  memory = (first.memory_stats() or {}).get("bytes_limit")
+  size = f", {memory / 2**30:.1f} GiB each" if memory else ""
+  found = f"{jax.device_count()} x {first.device_kind} ({first.platform}){size}"
+  asked = os.environ.get("JAX_PLATFORMS", "")
+  if first.platform == "cpu" and "cpu" not in asked:
+    if shutil.which("nvidia-smi"):
+      advice = 'there is an NVIDIA driver: pip install "jax[cuda12]", see BUILD.md'
+      return Finding("devices", False, found, advice)
+    if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
+      advice = 'there may be a TPU: pip install "jax[tpu]", see BUILD.md'
+      return Finding("devices", False, found, advice)
+  return Finding("devices", True, found)
+
+
+def mesh(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Whether devices, arrays and batch divide as config.mesh says."""
+  made = sharding.make_mesh(config.mesh)
+  sharding.check_batch(config.train.batch_size, config.train.accumulation, made)
+  sharding.batch_share(made)
+  sharding.place(made, denoiser.abstract_params(config_lib.build_model(config)))
+  axes = " x ".join(f"{name} {size}" for name, size in made.shape.items())
+  rows = config.train.batch_size // math.prod(made.shape[a] for a in ("data", "fsdp"))
+  return Finding("mesh", True, f"{axes}; {rows} examples a device and step")
+
+
+def attention(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Which kernel computes attention, for the lengths that the budgets have."""
+  model, shape = config_lib.build_model(config), config.data.shape
+  needs = (
+    attention_lib.platform(),
+    config.model.dtype,
+    model.width // model.heads,
+  )
+  name = config.model.attention
+  attention_lib.check_backend(name, *needs)
+  lengths = {math.prod(spec.grid_of(model, shape))}
+  for budget in config_lib.budgets(config, model):
+    lengths.add(spec.core_tokens(model, shape, budget))
+  chosen: dict[str, list[str]] = {}
+  for n in sorted(lengths):
+    auto = attention_lib.choose(*needs, n, n, segmented=False)
+    chosen.setdefault(auto if name == "auto" else name, []).append(str(n))
+  kernels = (f"{kernel} for {', '.join(n)} tokens" for kernel, n in chosen.items())
+  return Finding("attention", True, "; ".join(kernels))
+
+
+def folder(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Whether the workdir can be written to, and all hosts see the same one."""
+  if workdir is None:
+    return Finding("folder", None, "not given", "add --workdir=... to look at it")
+  if re.match(r"[a-z0-9]+:/", str(workdir)):
+    advice = "mount the bucket (gcsfuse) or use a shared disk, see launch/README.md"
+    return Finding("folder", False, f"{workdir} is not a path of this machine", advice)
+  distributed.open_folder(workdir)
+  count = jax.process_count()
+  shared = f"shared by {count} processes" if count > 1 else "one process needs no more"
+  return Finding("folder", True, f"{workdir} can be written to; {shared}")
+
+
+def disk(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Room for the checkpoints that the config keeps."""
+  place = (workdir or pathlib.Path()).absolute()
+  while not place.exists():
+    place = place.parent
+  free = shutil.disk_usage(place).free
+  model = config_lib.build_model(config)
+  parameters = denoiser.parameter_counts(model, config.data.shape)
+  size = STATE_BYTES * (sum(parameters.values()) - parameters["position_table"])
+  # One more than are kept, while it is written.
+  kept = config.checkpoint.keep + 1
+  kept += config.train.steps // config.checkpoint.keep_every
+  found = f"{free / 1e9:.1f} GB free, {kept} checkpoints of {size / 1e9:.3g} GB"
+  if free < kept * size:
+    advice = "use a larger disk, lower config.checkpoint.keep or raise keep_every"
+    return Finding("disk", False, found, advice)
+  return Finding("disk", True, found)
+
+
+def host(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """How busy the host is, and what time it thinks it is."""
+  load, cores = os.getloadavg()[0], _cores()
+  now = datetime.datetime.now(datetime.UTC)
+  found = f"load {load:.1f} on {cores} cores; {now:%Y-%m-%d %H:%M} UTC"
+  if now < _built():
+    advice = "set the clock: it stands before these files were made"
+    return Finding("host", False, found, advice)
+  if load > BUSY * cores:
+    advice = "others compute here: timings, also those below, mean little"
+    return Finding("host", False, found, advice)
+  return Finding("host", True, found)
+
+
+def _cores() -> int:
+  """Cores that this process may use, where the system tells (not macOS), else all."""
+  affinity = getattr(os, "sched_getaffinity", None)
+  return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _built() -> datetime.datetime:
+  """When this file was written."""
+  seconds = pathlib.Path(__file__).stat().st_mtime
+  return datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+
+
+def matmul(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Matrix products of one device, against the peak that its maker states."""
+  rate, kind = _rate(config.model.dtype), jax.local_devices()[0].device_kind
+  found = f"{rate / 1e12:.3g} TFLOP/s in {config.model.dtype} on one {kind}"
+  peak = roofline.peak_flops(kind)
+  if peak is None or config.model.dtype != "bfloat16":
+    return Finding("matmul", True, f"{found}, measured")
+  found += f", measured: {rate / peak:.0%} of the stated {peak / 1e12:.0f}"
+  if rate < 0.4 * peak:
+    advice = "is another process on the device, or its power or clock capped?"
+    return Finding("matmul", False, found, advice)
+  return Finding("matmul", True, found)
+
+
+@functools.cache
+def _rate(dtype: str) -> float:
+  return roofline.matmul_rate(dtype)
+
+
+def loader(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Examples a second of the data source, against those that training will ask for."""
+  source = sources.make_source(
+    config.data.source, "train", config.data.shape, config.model.classes
+  )
+  rate = loader_rate(source, config.train.batch_size)
+  seconds = step_seconds(config)
+  needed = config.train.batch_size / jax.process_count() / seconds
+  found = (
+    f"{rate:,.0f} examples/s, {rate / needed:.3g} times what a step of at least "
+    f"{seconds:.2g} s asks of this host (estimate: FLOPs / matmul rate)"
+  )
+  if rate < ENOUGH * needed:
+    advice = (
+      f"want {ENOUGH} times: more cores, a local disk, or latents prepared beforehand"
+    )
+    return Finding("loader", False, found, advice)
+  return Finding("loader", True, found)
+
+
+def loader_rate(source: sources.Source, batch_size: int, seconds: float = 1.0) -> float:
+  """Examples a second that one process can load, measured for so many seconds."""
+  batches = Loader(source, batch_size, 0, process_index=0, process_count=1)
+  with contextlib.closing(batches):
+    # What is read ahead came for nothing: empty the buffer first.
+    for _ in range(10):
+      next(batches)
+    start, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < seconds:
+      next(batches)
+      count += 1
+  return count * batch_size / spent
+
+
+def step_seconds(config: Config) -> float:
+  """An estimate, from below, of a training step at the cheapest budget.
+
+  Three forward passes' FLOPs at the rate that matrix products reach; what else there
+  is to do (norms, optimiser, talking to other devices) comes on top.
+  """
+  model, shape = config_lib.build_model(config), config.data.shape
+  budgets = config_lib.budgets(config, model)
+  flops = 3 * min(spec.flops(model, shape, budget) for budget in budgets)
+  # Virtual CPU devices share the cores of their process.
+  one = jax.local_devices()[0].platform == "cpu"
+  count = jax.process_count() if one else jax.device_count()
+  return flops * config.train.batch_size / (_rate(config.model.dtype) * count)
+
+
+# In the order of the table. What comes after `flags` may touch a device, which ends the
+# process if these are refused.
+CHECKS: tuple[Check, ...] = (
+  versions,
+  flags,
+  launcher,
+  devices,
+  mesh,
+  attention,
+  folder,
+  disk,
+  host,
+  matmul,
+  loader,
+)
+
+
+# --- all of them ----------------------------------------------------------------------
+
+
+def examine(
+  config: Config, workdir: pathlib.Path | None, checks: Sequence[Check] = CHECKS
+) -> list[Finding]:
+  """The findings of all checks; what a check raises becomes one.
+
+  With many processes all must call it: some checks talk to the others.
+  """
+  findings: list[Finding] = []
+  for check in checks:
+    if any(f.name == "flags" and f.ok is False for f in findings):
+      advice = "mend the flags first: with them no device starts"
+      findings.append(Finding(check.__name__, None, "not looked at", advice))
+      continue
+    findings.append(_guarded(check, config, workdir))
+  return findings
+
+
+def _guarded(check: Check, config: Config, workdir: pathlib.Path | None) -> Finding:
+  try:
+    return check(config, workdir)
+  except ValueError as error:  # ConfigError too: what is wrong, a colon, what to do
+    found, _, advice = _one_line(error).partition(": ")
+    return Finding(check.__name__, False, found, advice or "change what it names")
+  except Exception as error:  # noqa: BLE001  # a doctor does not fall ill
+    found = f"{type(error).__name__}: {_one_line(error)}"
+    return Finding(check.__name__, False, found, "the check itself failed: report it")
+
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())
+
+
+def healthy(findings: Sequence[Finding]) -> bool:
+  """Whether nothing needs attention."""
+  return all(finding.ok is not False for finding in findings)
+
+
+def table(findings: Sequence[Finding]) -> str:
+  """The findings as text for a terminal, advice below what needs it."""
+  marks = {True: "ok", None: "?", False: "NO"}
+  width = max((len(finding.name) for finding in findings), default=0)
+  indent = " " * (6 + width)
+  lines = []
+  for finding in findings:
+    head = f"{marks[finding.ok]:<4}{finding.name:<{width}}  "
+    lines += _wrapped(head, finding.found, indent)
+    if finding.advice:
+      lines += _wrapped(f"{indent}-> ", finding.advice, f"{indent}   ")
+  bad = sum(finding.ok is False for finding in findings)
+  verdict = f"{bad} of {len(findings)} need attention" if bad else "nothing to mend"
+  return "\n".join([*lines, verdict])
+
+
+def _wrapped(head: str, text: str, indent: str) -> list[str]:
+  return textwrap.wrap(
+    text, 88, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False
+  ) or [head.rstrip()]

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Rehearses a run of many hosts on one: N processes with M virtual CPU devices each, on
+# loopback. Ends when all have ended, with the first exit code that is not 0.
+#   launch/local_multiprocess.sh 2 4 -- python main.py --config=... --workdir=...
+# ELIT_HEARTBEAT_SECONDS (10 here): how soon a dead process takes the others with it.
+set -euo pipefail
+
+usage() {
+  sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"
+}
+
+if [[ ${1:-} == --help ]]; then
+  usage
+  exit 0
+fi
+if [[ $# -lt 4 || ! $1 =~ ^[1-9][0-9]*$ || ! $2 =~ ^[1-9][0-9]*$ || $3 != -- ]]; then
+  echo "error: want two counts, -- and a command, not: $*" >&2
+  usage >&2
+  exit 2
+fi
+processes=$1
+devices=$2
+shift 3
+
+free_port() {
+  local port
+  while true; do
+    port=$((20000 + RANDOM % 20000))
+    if ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+      echo "$port"
+      return
+    fi
+  done
+}
+
+# A count that is there already would contradict ours.
+flags=$(sed -E 's/--xla_force_host_platform_device_count=[0-9]+//g' <<<"${XLA_FLAGS:-}")
+export XLA_FLAGS="$flags --xla_force_host_platform_device_count=$devices"
+export JAX_PLATFORMS=cpu
+ELIT_COORDINATOR="127.0.0.1:$(free_port)"
+export ELIT_COORDINATOR
+export ELIT_PROCESS_COUNT=$processes
+export ELIT_HEARTBEAT_SECONDS=${ELIT_HEARTBEAT_SECONDS:-10}
+
+pids=()
+signalled=
+trap 'signalled=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+for ((i = 0; i < processes; i++)); do
+  ELIT_PROCESS_INDEX=$i "$@" &
+  pids+=($!)
+  echo "process $i has pid $!" >&2
+done
+
+code=0
+for pid in "${pids[@]}"; do
+  while true; do
+    signalled=
+    one=0
+    wait "$pid" || one=$?
+    [[ -n $signalled ]] || break # a trapped signal ends the wait, not the process
+  done
+  if [[ $one -ne 0 && $code -eq 0 ]]; then
+    code=$one
+  fi
+done
+exit "$code"

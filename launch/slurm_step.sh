@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What slurm.sbatch and slurm_per_node.sbatch have in common: the environment, one
+# `srun`, and the requeue. They source it from the root of the clone; its arguments are
+# those of main.py.
+#
+# Exit codes of a run: 0 finished; 75 a clean save after SIGTERM, the job is requeued
+# and goes on from there; 134 a peer died, submit again; anything else is an error.
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  set -euo pipefail
+  # shellcheck source=launch/env/common.sh
+  source "$(dirname "$0")/env/common.sh"
+  elit_about "$0"
+  exit 0
+fi
+
+# shellcheck source=launch/env/gpu.sh
+source launch/env/gpu.sh
+export ELIT_REQUEUE_CODE=75
+# Since SLURM 22.05 srun does not take this over from sbatch.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
+  export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
+fi
+
+# SIGTERM is for the processes of the step; if the batch shell gets one too, it must
+# outlive them to see how they ended. Not '' (ignore): children would inherit that.
+trap : TERM
+
+rc=0
+# A dead process takes the others with it at once, not after their heartbeat timeout.
+# Those that leave with 75 leave together: jax's shutdown waits for all of them.
+srun --kill-on-bad-exit=1 "$(elit_python)" main.py "$@" || rc=$?
+
+if ((rc == 75)); then
+  # Only what still runs: a cancelled job saves and leaves with 75 as well.
+  state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" || state="unknown"
+  if [[ $state == RUNNING ]]; then
+    echo "saved on SIGTERM: job $SLURM_JOB_ID is requeued"
+    scontrol requeue "$SLURM_JOB_ID"
+  else
+    echo "saved on SIGTERM: job $SLURM_JOB_ID is $state, so it is not requeued"
+  fi
+elif ((rc == 134)); then
+  echo "a peer died: submit the same command again, it goes on from the last checkpoint"
+fi
+exit "$rc"

