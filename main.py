@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from elit_jax import config as config_lib
-from elit_jax import distributed, files
+from elit_jax import distributed, environment, files
 from elit_jax.errors import ConfigError, TrainingStopped, nearest
 
 OVERRIDE = re.compile(r"--?(?:no)?(config\.[^=]+)")
@@ -55,6 +55,8 @@ def main(argv: list[str]) -> None:
   if CONFIG.value is None:
     raise ConfigError("--config is missing: for example --config=configs/digits.py")
   config = config_lib.resolve(CONFIG.value)
+  if MODE.value != "doctor":  # which tells more
+    environment.check_flags()
   if MODE.value == "describe":
     from elit_jax import describe
 
@@ -89,11 +91,27 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   from elit_jax import evaluate, preemption, sample, train
 
   preemption.install()
+  keep_programs(workdir)
   {"train": train.run, "sample": sample.run, "eval": evaluate.run}[MODE.value](
     config, workdir
   )
   if preemption.requested():
     sys.exit(distributed.quit_code())
+
+
+def keep_programs(workdir: pathlib.Path) -> None:
+  """Compiled programs go to the workdir, so that the next start need not compile.
+
+  Unless JAX_COMPILATION_CACHE_DIR names another folder. Those of a CPU are for its kind
+  alone, and a workdir may be seen from several machines.
+  """
+  import jax
+
+  if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+    device = jax.devices()[0]
+    name = environment.cpu() if device.platform == "cpu" else device.device_kind
+    folder = workdir / "compiled" / name.replace(" ", "_")
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
 
 
 def checked_flags(argv: list[str]) -> list[str]:

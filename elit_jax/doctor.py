@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 import time
@@ -24,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from elit_jax import config as config_lib
-from elit_jax import distributed, roofline, sharding
+from elit_jax import distributed, environment, roofline, sharding
 from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.pipeline import Loader
@@ -51,17 +50,6 @@ REQUIREMENTS = pathlib.Path(__file__).resolve().parents[1] / "requirements.txt"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 PYTHON_FLOOR = "3.11"  # that of pyproject.toml
 
-# What makes each library read its flags without touching a device that only one
-# process may hold, and whether it is there to do so.
-READERS: Mapping[str, tuple[str, str]] = {
-  "XLA_FLAGS": ("jaxlib", "import jax; jax.devices()"),
-  "LIBTPU_INIT_ARGS": (
-    "libtpu",
-    "from jax.experimental import topologies as t; t.get_topology_desc('v5e:2x2', "
-    "'tpu')",
-  ),
-}
-
 ENOUGH = 10  # times faster than training needs them should examples come
 BUSY = 0.8  # load a core above which timings mean little
 STATE_BYTES = 16  # a parameter in fp32, its average and two moments
@@ -73,14 +61,14 @@ STATE_BYTES = 16  # a parameter in fp32, its average and two moments
 def flags(config: Config, workdir: pathlib.Path | None) -> Finding:
   """Flags in the environment that the installed libraries refuse."""
   found, bad = [], []
-  for variable, (package, _) in READERS.items():
+  for variable, (package, _) in environment.READERS.items():
     value = os.environ.get(variable, "").strip()
     if not value:
       continue
     if importlib.util.find_spec(package) is None:
       found.append(f"{variable} is not read: there is no {package}")
       continue
-    refused = refused_flags(variable, value)
+    refused = environment.refused_flags(variable, value)
     bad += [f"{variable}: {flag}" for flag in refused]
     if not refused:
       found.append(f"{variable} is accepted by {package} {_version(package)}")
@@ -90,28 +78,6 @@ def flags(config: Config, workdir: pathlib.Path | None) -> Finding:
       advice += "; TPU flags belong in LIBTPU_INIT_ARGS"
     return Finding("flags", False, "refused: " + "; ".join(bad), advice)
   return Finding("flags", True, "; ".join(found) or "none are set")
-
-
-def refused_flags(variable: str, value: str) -> list[str]:
-  """Which flags in the value of XLA_FLAGS or LIBTPU_INIT_ARGS abort a process.
-
-  Each is tried in a child process once all together have failed; the whole value is
-  returned if each is accepted alone.
-  """
-  if _starts_with(variable, value):
-    return []
-  alone = [flag for flag in value.split() if not _starts_with(variable, flag)]
-  return alone or [value]
-
-
-def _starts_with(variable: str, value: str) -> bool:
-  """Whether a child process outlives reading these flags."""
-  env = {name: text for name, text in os.environ.items() if name not in READERS}
-  # The child must neither take the device nor ask a cloud who it is.
-  env |= {variable: value, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-  command = [sys.executable, "-c", READERS[variable][1]]
-  done = subprocess.run(command, env=env, capture_output=True, timeout=120, check=False)
-  return done.returncode == 0
 
 
 def versions(config: Config, workdir: pathlib.Path | None) -> Finding:

@@ -33,9 +33,11 @@ free_port() {
   done
 }
 
+given=${XLA_FLAGS:-}
 # A count that is there already would contradict ours.
-flags=$(sed -E 's/--xla_force_host_platform_device_count=[0-9]+//g' <<<"${XLA_FLAGS:-}")
+flags=$(sed -E 's/--xla_force_host_platform_device_count=[0-9]+//g' <<<"$given")
 export XLA_FLAGS="$flags --xla_force_host_platform_device_count=$devices"
+[[ ${ELIT_FLAGS_TRIED-} != "$given" ]] || export ELIT_FLAGS_TRIED=$XLA_FLAGS
 export JAX_PLATFORMS=cpu
 ELIT_COORDINATOR="127.0.0.1:$(free_port)"
 export ELIT_COORDINATOR

@@ -17,6 +17,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # unknown flags ab
   _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 # Set in the environment, so that programs started by a test inherit both.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ["ELIT_FLAGS_TRIED"] = os.environ["XLA_FLAGS"]
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -50,6 +51,7 @@ def run_main() -> Callable[..., None]:
       patch.chdir(ROOT)
       patch.setattr(sys, "argv", ["main.py", *argv])
       patch.setattr(preemption, "install", lambda: None)
+      patch.setattr(main, "keep_programs", lambda workdir: None)
       main.main(main.checked_flags(sys.argv))
 
   return run

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from elit_jax import config as config_lib
-from elit_jax import doctor, roofline
+from elit_jax import doctor, environment, roofline
 from elit_jax.data import sources
 from elit_jax.errors import ConfigError
 
@@ -108,7 +108,7 @@ def test_flags_of_these_tests_are_accepted(config):
 
 def test_no_flags_need_no_child(config, monkeypatch):
   monkeypatch.delenv("XLA_FLAGS")
-  monkeypatch.delattr(doctor.subprocess, "run")
+  monkeypatch.delattr(environment.subprocess, "run")
   assert look(doctor.flags, config).ok
 
 
@@ -135,8 +135,10 @@ def test_a_value_that_is_no_flag_is_refused_as_a_whole(config, monkeypatch):
 
 
 def test_flags_that_only_clash_with_each_other_are_named_together(monkeypatch):
-  monkeypatch.setattr(doctor, "_starts_with", lambda variable, value: " " not in value)
-  assert doctor.refused_flags("XLA_FLAGS", "--a --b") == ["--a --b"]
+  monkeypatch.setattr(
+    environment, "_starts_with", lambda variable, value: " " not in value
+  )
+  assert environment.refused_flags("XLA_FLAGS", "--a --b") == ["--a --b"]
 
 
 def test_flags_of_libtpu_are_tried_where_there_is_one(config, monkeypatch):
@@ -152,7 +154,7 @@ def test_flags_of_libtpu_are_tried_where_there_is_one(config, monkeypatch):
     return "bad" not in value
 
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-  monkeypatch.setattr(doctor, "_starts_with", starts)
+  monkeypatch.setattr(environment, "_starts_with", starts)
   finding = look(doctor.flags, config)
   assert not finding.ok
   assert finding.found == "refused: LIBTPU_INIT_ARGS: --xla_tpu_bad=1"

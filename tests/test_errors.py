@@ -5,6 +5,7 @@ nothing may be compiled on the way to it. A few run as programs, for the exit st
 """
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -205,6 +206,39 @@ CASES = {
     train(DIGITS, "data.shape=(16,16,1)"), ("(16, 16, 1)", "(8, 8, 1)")
   ),
   # Devices and folders.
+  # Devices: the tests have eight.
+  "mesh of other devices": Case(
+    train(BASE, "mesh=(3,1,1)"), ("(3, 1, 1)", "3 devices", "there are 8")
+  ),
+  "mesh that leaves a rest": Case(
+    train(BASE, "mesh=(-1,3,1)", "model.preset=SiT-S/2"), ("multiple of 3", "are 8")
+  ),
+  "mesh of two axes": Case(
+    describe(BASE, "mesh=(8,1)"), ("(8, 1)", "(data, fsdp, tensor)")
+  ),
+  "mesh with two rests": Case(
+    describe(BASE, "mesh=(-1,-1,1)"), ("(-1, -1, 1)", "one of them may be -1")
+  ),
+  "heads over tensor": Case(
+    describe(BASE, "mesh=(-1,1,4)"), ("2 attention heads", "tensor = 4", "1, 2")
+  ),
+  "width over fsdp": Case(describe(BASE, "mesh=(-1,3,1)"), ("width 32", "fsdp = 3")),
+  "unknown kernel": Case(
+    describe(BASE, "model.attention=flash"), ("model.attention", "'flash'", "splash")
+  ),
+  "kernel of another machine": Case(
+    train(BASE, "model.attention=cudnn"), ("model.attention", "'cudnn'", "'auto'")
+  ),
+  "kernel of another machine, sampling": Case(
+    (BASE, SAMPLE, NEW, "--config.model.attention=splash"), ("'splash'", "'auto'")
+  ),
+  "unknown remat": Case(
+    describe(BASE, "model.remat=some"), ("model.remat", "'some'", "none, dots, full")
+  ),
+  "batch over the mesh": Case(
+    train(BASE, "train.batch_size=6", "mesh=(2,2,2)"),
+    ("batch of 6", "data 2 x fsdp 2", "multiple of 4"),
+  ),
   "batch does not divide": Case(
     train(BASE, "train.batch_size=24", "train.accumulation=2"), ("24", "multiple of 16")
   ),
@@ -317,3 +351,21 @@ def test_the_program_says_one_line_and_exits_with_2(name, tmp):
 def test_nearest_is_the_word_meant():
   assert nearest("optm.lr", ["seed", "optim.lr", "optim.eps"]) == "optim.lr"
   assert nearest("", ["train", "eval"]) in ("train", "eval")
+
+
+def test_a_stale_xla_flag_is_named_before_it_aborts():
+  env = {name: value for name, value in os.environ.items() if "FLAGS" not in name}
+  arguments = ["main.py", "--config=configs/base.py", "--mode=train", "--workdir=no"]
+  done = subprocess.run(
+    [sys.executable, *arguments],
+    env=env | {"XLA_FLAGS": "--xla_gpu_triton_gemm_any=true --xla_of_old=1"},
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert done.stderr.startswith("error: XLA_FLAGS holds --xla_of_old=1, unknown")
+  assert done.stderr.count("\n") == 1
+  assert not (ROOT / "no").exists()

@@ -44,7 +44,7 @@ def make_config(mesh=(-1, 1, 1), elit=None, **leaves):
   # Adam divides by the root of the second moment: where a gradient is nothing but
   # rounding, 1e-8 would make a whole step of it.
   raw.optim.eps = 1e-4
-  raw.optim.ema = 0.9
+  raw.optim.ema = ("0.9",)
   raw.sample.steps = 3
   if elit:
     raw.elit = ConfigDict(elit)
@@ -69,7 +69,8 @@ def start(case):
     if x.dtype == np.int32:
       return np.zeros(x.shape, np.int32)
     values = rng.normal(0, 0.05, x.shape).astype(np.float32)
-    return np.square(values) if "nu/" in trees.path_name(path) else values
+    # Second moments away from zero, whose root divides.
+    return 1e-3 + np.square(values) if "nu/" in trees.path_name(path) else values
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)
 

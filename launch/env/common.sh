@@ -62,6 +62,9 @@ elit_add_flags() {
     value="${value# }"
   fi
   export "$variable=$value"
+  if [[ $variable == XLA_FLAGS ]]; then
+    export ELIT_FLAGS_TRIED="$value" # so that main.py does not try them again
+  fi
 }
 
 # elit_about FILE: the comment block at the top of a script, as its help.
