@@ -50,15 +50,27 @@ def xla(
   q_BNAK: jax.Array, k_BMAK: jax.Array, v_BMAK: jax.Array, segments: Segments | None
 ) -> jax.Array:
   """Attention as two einsums, on any platform; holds the (B, A, N, M) weights."""
+  # Heads before tokens, and the division after the second product, on K channels in
+  # place of M keys: XLA's CPU kernels are up to twice as fast so.
+  q_BANK, k_BAMK, v_BAMK = (x.swapaxes(1, 2) for x in (q_BNAK, k_BMAK, v_BMAK))
   logits_BANM = jnp.einsum(
-    "bnak,bmak->banm", q_BNAK, k_BMAK, preferred_element_type=jnp.float32
+    "bank,bamk->banm", q_BANK, k_BAMK, preferred_element_type=jnp.float32
   )
   logits_BANM *= q_BNAK.shape[-1] ** -0.5
   if segments is not None:
     same_B1NM = _same_segment(segments)
     logits_BANM = jnp.where(same_B1NM, logits_BANM, jnp.finfo(jnp.float32).min)
-  weights_BANM = jax.nn.softmax(logits_BANM)
-  return jnp.einsum("banm,bmak->bnak", weights_BANM.astype(v_BMAK.dtype), v_BMAK)
+  # The result does not depend on what is subtracted, so neither does its gradient.
+  top_BAN1 = jax.lax.stop_gradient(logits_BANM.max(-1, keepdims=True))
+  weights_BANM = jnp.exp(logits_BANM - top_BAN1)
+  sum_BAN1 = weights_BANM.sum(-1, keepdims=True)
+  out_BANK = jnp.einsum(
+    "banm,bamk->bank",
+    weights_BANM.astype(v_BMAK.dtype),
+    v_BAMK,
+    preferred_element_type=jnp.float32,
+  )
+  return (out_BANK / sum_BAN1).astype(v_BMAK.dtype).swapaxes(1, 2)
 
 
 def cudnn(

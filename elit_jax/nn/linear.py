@@ -24,6 +24,19 @@ def fan_in_uniform(fan_in: int) -> Init:
   return init
 
 
+class Linear(nn.DenseGeneral):
+  """DenseGeneral that sees its input with one leading axis.
+
+  The gradient of the kernel is then a plain matmul: on a CPU XLA computes it up to
+  twice as fast as the contraction over two axes.
+  """
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    inputs = len(self.axis)  # type: ignore[arg-type]
+    y = super().__call__(x.reshape(-1, *x.shape[-inputs:]))
+    return y.reshape(*x.shape[:-inputs], *y.shape[1:])
+
+
 def linear(
   features: int | Sequence[int],
   *,
@@ -32,13 +45,13 @@ def linear(
   inputs: int = 1,
   init: Init = xavier,
   bias_init: Init | None = zeros,
-) -> nn.DenseGeneral:
+) -> Linear:
   """Affine map of the last `inputs` axes to `features`; no bias if `bias_init` is None.
 
   The initialiser sees the flattened (fan_in, fan_out) matrix, so a fused kernel such
   as (D, 3, A, K) is drawn as the one (D, 3 A K) matrix that the papers draw.
   """
-  return nn.DenseGeneral(
+  return Linear(
     features,
     axis=tuple(range(-inputs, 0)),
     use_bias=bias_init is not None,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from elit_jax.nn.linear import linear, zeros
+from elit_jax.nn.partition import split_batch
 
 
 def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -49,5 +50,6 @@ class Modulation(nn.Module):
     out_BCD = linear(
       (self.chunks, self.width), name="linear", dtype=self.dtype, init=zeros
     )(nn.silu(c_BD))
-    out_BCD = out_BCD.astype(jnp.float32)
+    # Whole in D: or else the residual stream would follow it over the tensor axis.
+    out_BCD = split_batch(out_BCD.astype(jnp.float32))
     return [out_BCD[:, i : i + 1] for i in range(self.chunks)]

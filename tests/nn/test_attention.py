@@ -360,4 +360,4 @@ def test_read_and_write_move_tokens_once(spy, name: str, broadcasts: int):
 
 
 def test_read_projects_its_queries_once_for_all_groups(spy):
-  assert ("dot_general", (1, COUNT, HEADS, D // HEADS)) in made("Read")
+  assert ("dot_general", (COUNT, HEADS, D // HEADS)) in made("Read")
