@@ -12,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help install install-dev quickstart test test-slow check format clean
+.PHONY: help install install-dev quickstart bench test test-slow check format clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,11 @@ endif
 quickstart: install  ## train and evaluate the digits model
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=train
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=eval
+
+BENCH = $(PY) -m benchmarks.run --model=SiT-S/2 --batch=8 --remat=dots --steps=10 --rounds=3 --slow-rounds=2
+bench: install  ## time, FLOPs and memory by budget; beside torch where it is installed
+	$(BENCH) --out=runs/bench/plain.json
+	$(BENCH) --split=paper --budgets=k1,k4,k16 --out=runs/bench/paper.json
 
 PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 

@@ -32,7 +32,7 @@ class Linear(nn.DenseGeneral):
   """
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    inputs = len(self.axis)  # type: ignore[arg-type]
+    inputs = len(self.axis)
     y = super().__call__(x.reshape(-1, *x.shape[-inputs:]))
     return y.reshape(*x.shape[:-inputs], *y.shape[1:])
 

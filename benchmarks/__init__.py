@@ -1,0 +1,1 @@
+"""What things cost, side by side with what a user would take instead."""
