@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         "dtype": "float32",  # of matmuls; all else stays float32
         # What the backward pass keeps of a block: none (recompute nothing, keep all) |
         # dots (keep what linear layers return) | full (keep its input, recompute all).
-        "remat": "none",
+        "remat": "dots",
         "attention": "auto",  # kernel: auto | xla | cudnn | splash
         "scan": True,  # False unrolls the blocks, for debugging
       },
@@ -48,6 +48,10 @@ def get_config() -> ConfigDict:
         "preview_every": 0,  # steps between sample grids; 0: none
         "max_bad_steps": 10,  # non-finite gradients in a row before training stops
       },
+      "wandb": "",  # project at Weights & Biases that gets all rows, too; "": none
+      # Steps to trace into <workdir>/profile, FIRST:LAST as Python counts: "100:105" is
+      # the five that follow step 100; "": none.
+      "profile": {"steps": ""},
       "optim": {  # DiT, sec. 4; ELIT's training script
         "lr": 1e-4,
         "beta1": 0.9,
@@ -56,7 +60,9 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.0,
         "clip": 1.0,  # largest global norm of the gradient
         "warmup": 0,  # steps
-        "ema": 0.9999,  # decay a step
+        # Averages of weights, saved side by side: "0.9999" (decay a step), "power 0.05"
+        # (EDM2's power function, of this width relative to the run).
+        "ema": ("0.9999",),
       },
       "checkpoint": {
         "every": 50,  # steps
@@ -69,6 +75,9 @@ def get_config() -> ConfigDict:
         "steps": 40,  # ELIT, sec. 4: 40 Euler steps
         "solver": "euler",  # euler | heun | sde
         "budget": "100%",
+        # Which average; "": the first of optim.ema. "power 0.07" is rebuilt from the
+        # other power functions in all checkpoints kept, if it is not among them.
+        "ema": "",
         "seed": 0,
       },
       "guidance": {

@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
   config.train.preview_every = 600
   config.optim.lr = 1.5e-3
   config.optim.warmup = 100
-  config.optim.ema = 0.995
+  config.optim.ema = ("0.995",)
   config.checkpoint.every = 300
   config.sample.steps = 25
   config.sample.batch_size = 50

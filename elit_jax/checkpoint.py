@@ -73,7 +73,7 @@ class Checkpointer(contextlib.AbstractContextManager):
     ]
     if keep_every is not None:
       policies.append(checkpoint_managers.EveryNSteps(keep_every))
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
         create=not read_only,
@@ -234,6 +234,17 @@ class Checkpointer(contextlib.AbstractContextManager):
       if path.name.partition(_TMP)[0].isdigit() and _TMP in path.name:
         logging.info("removing the unfinished save %s", path)
         path.rmtree()
+
+
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, but it leaves termination signals to `preemption`.
+
+  Jax tells of a signal at one poll, by its number: Orbax would poll by the training
+  step, from a thread, and the one that all processes agree on might never come.
+  """
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
 
 
 def _attempt(

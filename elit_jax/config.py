@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from elit_jax import files, sharding
+from elit_jax import ema, files, sharding
 from elit_jax.budget import Budget
 from elit_jax.data import sources
 from elit_jax.errors import ConfigError, lookup, nearest
@@ -71,6 +71,11 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+  steps: str
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   every: int
   keep: int
@@ -84,6 +89,7 @@ class SampleConfig:
   steps: int
   solver: str
   budget: str
+  ema: str
   seed: int
 
 
@@ -117,6 +123,8 @@ class Config:
   budget_weights: tuple[float, ...]
   flow: FlowConfig
   train: TrainConfig
+  wandb: str
+  profile: ProfileConfig
   optim: OptimConfig
   checkpoint: CheckpointConfig
   sample: SampleConfig
@@ -157,7 +165,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (("optim.clip",), lambda x: x > 0, "be above 0 (inf: never clipped)"),
   (("optim.weight_decay",), lambda x: 0 <= x < math.inf, "be 0 or above, and finite"),
   (("optim.beta1", "optim.beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
-  (("optim.ema", "flow.label_dropout"), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+  (("flow.label_dropout",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
   (("optim.warmup", "train.preview_every"), lambda x: x >= 0, "not be negative"),
   # Fewer have no spread.
   (("eval.count", "eval.full_count"), lambda x: x >= 2, "be at least 2"),
@@ -177,6 +185,10 @@ def check(config: Config) -> None:
   process(config.flow.path)
   time_sampler(config.flow.time)
   stepper(config.sample.solver)
+  ema.profiles(config.optim.ema)
+  if config.sample.ema:
+    ema.parse(config.sample.ema)
+  profiled_steps(config)
   lookup(sources.SOURCES, config.data.source, "data source")
   kernels = ("auto", *attention.BACKENDS)
   lookup(dict.fromkeys(kernels), config.model.attention, "config.model.attention")
@@ -273,6 +285,20 @@ def budgets(config: Config, model: spec.Model) -> tuple[Budget, ...]:
   return found
 
 
+def profiled_steps(config: Config) -> range:
+  """The steps that `profile.steps` asks to trace; raises ConfigError."""
+  text = config.profile.steps
+  first, colon, last = text.partition(":")
+  if not text:
+    return range(0)
+  if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+    raise ConfigError(
+      f"config.profile.steps is {text!r}: want FIRST:LAST such as '100:105', for the "
+      "five steps that follow step 100, or ''"
+    )
+  return range(int(first), int(last))
+
+
 def guidance(config: Config, model: spec.Model) -> Guidance | None:
   """The guidance of the config, None where its scale is 1."""
   g = config.guidance
@@ -365,7 +391,7 @@ def _build(kind: Any, value: Any, name: str) -> Any:
       raise ConfigError(
         f"{name} is {value!r}: it must be a tuple of {args[0].__name__}"
       )
-    if args[0] is str:  # a budget may be written as a number
+    if args[0] is str:  # a budget or a decay may be written as a number
       value = [str(v) if _is_number(v) else v for v in value]
     return tuple(_build(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
   if kind is float and (_is_number(value) or value == "inf"):

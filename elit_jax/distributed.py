@@ -37,6 +37,7 @@ def start(env: Mapping[str, str] = os.environ) -> None:
   ELIT_START_SECONDS (300), ends the process with one sentence. A peer that dies is
   noticed after ELIT_HEARTBEAT_SECONDS (100), which ends the process, too.
   """
+  quit_code(env)  # said now, not when the run is to be saved
   arguments = _explicit(env)
   if arguments is None and not _in_cluster(env):
     return
@@ -239,15 +240,22 @@ def open_folder(folder: pathlib.Path) -> None:
 
 
 def check_shared(folder: pathlib.Path) -> None:
-  """Raises ConfigError on every process unless all see the same folder."""
+  """Raises ConfigError on every process unless all see the same folder, or none."""
   if jax.process_count() == 1:
     return
   token = folder / f".shared-{on_leader(lambda: uuid.uuid4().hex)}"
+
+  def mark() -> bool:
+    if there := folder.is_dir():
+      files.make_folder(folder)  # which says so if nothing can be written
+      token.touch()
+    return there
+
   try:
-    on_leader(token.touch)
+    there = on_leader(mark)
 
     def look() -> None:
-      if not token.exists():
+      if (folder.is_dir(), token.exists()) != (there, there):
         raise ConfigError(
           f"process {jax.process_index()} on {socket.gethostname()} does not see the "
           f"files of process 0 in {folder}: give a workdir that all hosts share"
@@ -272,4 +280,7 @@ def abandon_peers() -> None:
 
 def quit_code(env: Mapping[str, str] = os.environ) -> int:
   """Exit code after a clean save on a termination signal: ELIT_REQUEUE_CODE, or 0."""
-  return _whole(env, "ELIT_REQUEUE_CODE", 0)
+  code = _whole(env, "ELIT_REQUEUE_CODE", 0)
+  if code > 255:
+    raise ConfigError(f"ELIT_REQUEUE_CODE is {code}: an exit code is at most 255")
+  return code

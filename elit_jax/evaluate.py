@@ -107,6 +107,7 @@ def rows_of(config: Config, model: spec.Model) -> list[Row]:
 
 def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=eval`: samples, losses, prices and pictures of the newest checkpoint."""
+  distributed.check_shared(workdir)
   config = sample.as_trained(workdir, config)
   model = config_lib.build_model(config)
   held_out = distributed.together(lambda: train.open_source(config, "held_out"))
@@ -115,7 +116,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   folder = workdir / "report.partial"
   distributed.on_leader(lambda: begin(config, folder, step))
   distributed.check_shared(folder)
-  logging.info("phase eval | averaged parameters of step %d", step)
+  logging.info("phase eval | average %s of step %d", config.sample.ema, step)
   seconds = {}
   start = time.monotonic()
   rows = rows_of(config, model)
@@ -362,6 +363,7 @@ def figures_of(
     "protocol": {
       "checkpoint_step": step,
       "parameters": "EMA",
+      "ema": config.sample.ema,
       "position_table_parameters": fixed,
       "solver": config.sample.solver,
       "steps": config.sample.steps,

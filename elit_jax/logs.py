@@ -7,11 +7,15 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
+
+from elit_jax import files
+from elit_jax.errors import ConfigError
 
 Row = dict[str, Any]
 
@@ -53,7 +57,10 @@ class JsonlWriter(contextlib.AbstractContextManager):
 class Writer(contextlib.AbstractContextManager):
   """Metrics to `<workdir>/metrics.jsonl` and to TensorBoard files in `<workdir>/tb`.
 
-  `enabled=False`, for every process but the first, makes a writer that does nothing.
+  With a `project`, to Weights & Biases, too: one run there for a workdir, however often
+  it is resumed. Nothing can be taken back there: rows of steps that it has seen are
+  dropped. `enabled=False`, for every process but the first, makes a writer that does
+  nothing.
   """
 
   def __init__(
@@ -62,10 +69,16 @@ class Writer(contextlib.AbstractContextManager):
     resume_step: int | None = None,
     *,
     enabled: bool = True,
+    project: str = "",
+    config: Mapping[str, Any] | None = None,
   ):
-    """`resume_step`: the step restored; what was logged after it is taken back."""
+    """`resume_step`: the step restored; what was logged after it is taken back.
+
+    `config` is shown beside the rows of a project. ConfigError if wandb is missing.
+    """
     self._jsonl: JsonlWriter | None = None
     self._tensorboard: Any = None
+    self._wandb: Any = None
     if not enabled:
       return
     import tensorboardX  # slow to import, and most tests need none
@@ -79,6 +92,8 @@ class Writer(contextlib.AbstractContextManager):
       # tensorboardX names a file by the second and overwrites one of the same name.
       filename_suffix=f".{os.getpid()}.{time.time_ns()}",
     )
+    if project:
+      self._wandb = _wandb_run(folder, project, dict(config or {}))
 
   def __exit__(self, *error: object) -> None:
     self.close()
@@ -92,6 +107,8 @@ class Writer(contextlib.AbstractContextManager):
       if not isinstance(value, str):
         self._tensorboard.add_scalar(key, float(value), int(step))
     self._tensorboard.flush()
+    if self._wandb is not None:
+      self._wandb.log(dict(values), step=int(step))
 
   def images(self, step: int, values: Mapping[str, np.ndarray]) -> None:
     """Writes batches of images, (B, H, W, C) uint8 with C 1 or 3, each as one grid."""
@@ -106,12 +123,49 @@ class Writer(contextlib.AbstractContextManager):
     for key, value in values.items():
       self._tensorboard.add_images(key, value, int(step), dataformats="NHWC")
     self._tensorboard.flush()
+    if self._wandb is not None:
+      image = import_wandb().Image
+      pictures = {
+        key: [image(x[..., 0] if x.shape[-1] == 1 else x) for x in value]
+        for key, value in values.items()
+      }
+      self._wandb.log(pictures, step=int(step))
 
   def close(self) -> None:
     """Writes out what is left and closes the files; may be called again."""
     if self._jsonl is not None:
       self._jsonl.close()
       self._tensorboard.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+      self._wandb = None
+
+
+def import_wandb() -> Any:
+  """The module wandb, which only those who ask for it need; ConfigError without it."""
+  try:
+    import wandb
+  except ImportError as error:
+    raise ConfigError(
+      f"config.wandb names a project, but wandb cannot be imported ({error}): pip "
+      "install wandb, or set config.wandb to ''"
+    ) from None
+  return wandb
+
+
+def _wandb_run(folder: pathlib.Path, project: str, config: dict[str, Any]) -> Any:
+  """The run of a workdir, begun or resumed; wandb.json there remembers which it is."""
+  path = folder / "wandb.json"
+  if not path.exists():
+    files.write_json(path, {"id": uuid.uuid4().hex})
+  return import_wandb().init(
+    project=project,
+    id=files.read_json(path)["id"],
+    name=folder.resolve().name,
+    dir=str(folder),
+    config=config,
+    resume="allow",
+  )
 
 
 class Progress:
@@ -144,21 +198,31 @@ class Progress:
       maxlen=window + 1
     )
 
-  def update(self, step: int, values: Mapping[str, float] | None = None) -> str:
-    """Notes that `step` is done now; emits and returns the line, `values` in it."""
+  def update(
+    self,
+    step: int,
+    values: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
+  ) -> str:
+    """Notes that `step` is done now; emits and returns the line.
+
+    `values` stand before the rate in it, `notes` between that and the time left.
+    """
     self._seen.append((self._clock(), step))
-    line = self._line(step, values or {})
+    line = self._line(step, values or {}, notes)
     self._emit(line)
     return line
 
-  def _line(self, step: int, values: Mapping[str, float]) -> str:
+  def _line(self, step: int, values: Mapping[str, float], notes: Sequence[str]) -> str:
     parts = [f"phase {self._phase}", f"step {step}/{self._total}"]
     parts += [f"{key} {float(value):.4f}" for key, value in values.items()]
     (start, first), (now, last) = self._seen[0], self._seen[-1]
-    if now > start and last > first:
-      rate = (last - first) / (now - start)
+    rate = (last - first) / (now - start) if now > start else 0.0
+    if rate > 0:
       unit = "steps/s" if self._images is None else "images/s"
       parts.append(f"{_short(rate * (self._images or 1))} {unit}")
+    parts += notes
+    if rate > 0:
       parts.append(f"{_clock_time((self._total - step) / rate)} left")
     return " | ".join(parts)
 

@@ -1,10 +1,14 @@
 """What a run shows of itself: its log, its pictures, its clock."""
 
+import contextlib
 import math
+import os
 import pathlib
+import resource
+import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,14 +17,50 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import distributed, files, optim, sample
+from elit_jax import distributed, ema, files, optim, roofline, sample
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError, TrainingStopped
-from elit_jax.logs import Progress, Writer
+from elit_jax.logs import Progress, Writer, import_wandb
 from elit_jax.models import denoiser, spec
 
 Metrics = Mapping[str, jax.Array]
+T = TypeVar("T")
+
+# Fields of a row that hang on the machine and its clock. All others are the same
+# however often a run was interrupted.
+RATES = frozenset(
+  {
+    "images_per_second",
+    "steps_per_second",
+    "mfu",
+    "peak_flops",
+    "input_wait",
+    "memory_gb",
+  }
+)
+
+
+def check(config: Config) -> None:
+  """Raises ConfigError for what a run could not show of itself."""
+  ema.choose(config.optim.ema, config.sample.ema)
+
+  def look() -> None:
+    import_wandb()
+
+  if config.wandb:
+    distributed.on_leader(look)
+
+
+def writer(config: Config, workdir: pathlib.Path, start: int) -> Writer:
+  """The writer of a run that goes on from `start`; only process 0 writes."""
+  return Writer(
+    workdir,
+    start,
+    enabled=distributed.is_leader(),
+    project=config.wandb,
+    config=config_lib.to_json(config),
+  )
 
 
 class Log:
@@ -42,10 +82,19 @@ class Log:
     self.window: list[list] = list(window)
     self._pending: tuple[int, int, Budget, Metrics] | None = None
     self._progress = Progress("train", config.train.steps, config.train.batch_size)
+    self._peak = peak_flops(config.model.dtype)
     self._seconds = time.monotonic()
+    self._waited = 0.0  # seconds of these for input
     self._fresh = 0  # steps since the last row that this process has timed
     # Forward and backward: three forward passes.
     self._price = lambda budget: 3e-9 * spec.flops(model, config.data.shape, budget)
+
+  def wait(self, batches: Iterator[T]) -> T:
+    """The next batch; the time until it is there counts as waiting for input."""
+    start = time.monotonic()
+    batch = next(batches)
+    self._waited += time.monotonic() - start
+    return batch
 
   def add(self, step: int, images: int, budget: Budget, metrics: Metrics) -> None:
     """Notes a dispatched step, after which the run has seen so many images; takes in
@@ -75,8 +124,9 @@ class Log:
   def _write(self, step: int, images: int) -> None:
     names, losses, norms, bad, prices = zip(*self.window, strict=True)
     now = time.monotonic()
-    seconds, self._seconds = now - self._seconds, now
+    seconds, self._seconds = max(now - self._seconds, 1e-9), now
     batch = self._config.train.batch_size
+    done = 1e9 * batch * math.fsum(prices[len(prices) - self._fresh :])
     row = {
       "loss": _mean(losses),
       "grad_norm": _mean(norms),
@@ -85,28 +135,135 @@ class Log:
       "images": images,
       "epochs": images / self._examples,
       "gflops_per_image": _mean(prices),
-      "images_per_second": self._fresh * batch / seconds if seconds > 0 else 0.0,
+      "images_per_second": self._fresh * batch / seconds,
+      "steps_per_second": self._fresh / seconds,
+      "mfu": done / seconds / self._peak,
+      "peak_flops": self._peak,
+      "input_wait": self._waited / seconds,
+      "memory_gb": memory_gb(),
     }
     for name in sorted(set(names), key=names.index):
       of_budget = [x for n, x in zip(names, losses, strict=True) if n == name]
       row[f"loss/{name}"] = _mean(of_budget)
     self._writer.scalars(step, row)
-    self._progress.update(step, {"loss": row["loss"]})
-    self.window, self._fresh = [], 0
+    notes = (
+      f"{row['gflops_per_image']:.3g} GFLOPs/image",
+      f"MFU {row['mfu']:.1%}",
+      f"input {row['input_wait']:.0%}",
+      f"{row['memory_gb']:.1f} GB",
+    )
+    self._progress.update(step, {"loss": row["loss"]}, notes)
+    self.window, self._fresh, self._waited = [], 0, 0.0
 
 
 def _mean(values: Any) -> float:
   return math.fsum(values) / len(values)
 
 
+def peak_flops(dtype: str) -> float:
+  """FLOP/s that all devices together could do: what MFU is measured by.
+
+  The makers' figures (dense, bfloat16), whatever the dtype; where there is none, as on
+  a CPU, the rate of large products in this dtype, measured once in about a second.
+  """
+  kind, devices = jax.devices()[0].device_kind, jax.device_count()
+  rate = roofline.peak_flops(kind)
+  source = "as its maker states"
+  if rate is None:
+    if dtype not in _measured:
+      _measured[dtype] = roofline.matmul_rate(dtype, rounds=3, seconds=0.5)
+    rate, source = _measured[dtype], f"as measured in {dtype} products"
+    if jax.default_backend() == "cpu":
+      devices = jax.process_count()  # virtual devices share the cores of one
+  logging.info(
+    "MFU 100%% is %.4g TFLOP/s: %d x %s, %s",
+    1e-12 * devices * rate,
+    devices,
+    kind,
+    source,
+  )
+  return devices * rate
+
+
+_measured: dict[str, float] = {}
+
+
+def memory_gb() -> float:
+  """The most that a device of this process has held; on a CPU, what the process holds.
+
+  In 1e9 bytes.
+  """
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  if peaks := [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]:
+    return max(peaks) / 1e9
+  try:
+    pages = int(pathlib.Path("/proc/self/statm").read_text("ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+  except OSError:  # not Linux: the most that it has ever held
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def named_step(step: int) -> contextlib.AbstractContextManager:
+  """Makes what the block does a step in a trace."""
+  return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+
+class Profiler(contextlib.AbstractContextManager):
+  """Traces the steps of `profile.steps` into profile/process_<i>, for TensorBoard."""
+
+  def __init__(self, config: Config, workdir: pathlib.Path, start: int):
+    """A run that begins at `start` within these steps traces what is left of them."""
+    self._steps = config_lib.profiled_steps(config)
+    self._folder = workdir / "profile" / f"process_{jax.process_index()}"
+    self._tracing = False
+    coming = range(start, config.train.steps)
+    if self._steps and not range(
+      max(self._steps.start, coming.start), min(self._steps.stop, coming.stop)
+    ):
+      logging.warning(
+        "nothing is traced: config.profile.steps is %s, and this run takes the steps "
+        "%d:%d",
+        config.profile.steps,
+        coming.start,
+        coming.stop,
+      )
+
+  def __exit__(self, *error: object) -> None:
+    self._stop()
+
+  def reach(self, step: int, state: Any) -> None:
+    """Begins or ends the trace where `step` does; `state` is that after the last."""
+    if (step in self._steps) == self._tracing:
+      return
+    jax.block_until_ready(state)  # what the device still does belongs to the last step
+    if self._tracing:
+      self._stop()
+    else:
+      jax.profiler.start_trace(self._folder)
+      self._tracing = True
+
+  def _stop(self) -> None:
+    if self._tracing:
+      self._tracing = False
+      jax.profiler.stop_trace()
+      logging.info("the trace is in %s", self._folder)
+
+
 class Previews:
-  """Sample grids as training goes: two of each class, from the averaged parameters."""
+  """Sample grids as training goes: two of each class, from averaged parameters.
+
+  The average is that of `sample.ema`; the first, if that one is to be rebuilt.
+  """
 
   def __init__(
     self, config: Config, model: spec.Model, mesh: Mesh, workdir: pathlib.Path
   ):
     self._config = config
     self._folder = workdir / "previews"
+    stored = [str(profile) for profile in ema.profiles(config.optim.ema)]
+    chosen = str(ema.choose(stored, config.sample.ema))
+    self._average = chosen if chosen in stored else stored[0]
     count = min(2 * config.model.classes, 32)
     self._labels = sample.balanced_labels(count, config.model.classes)
     fn = sample.sample_fn(
@@ -118,10 +275,11 @@ class Previews:
     )
     self._draw = sample.compile_sampler(fn, model, count, mesh)
 
-  def draw(self, step: int, ema: Any, writer: Writer) -> None:
+  def draw(self, step: int, averages: Mapping[str, Any], writer: Writer) -> None:
     """Samples, and writes previews/<step>.png (latents: .npz)."""
     index = np.arange(len(self._labels))
-    images = self._draw(ema, self._config.sample.seed, index, self._labels)
+    params = averages[self._average]
+    images = self._draw(params, self._config.sample.seed, index, self._labels)
     if not distributed.is_leader():
       return
     self._folder.mkdir(exist_ok=True)

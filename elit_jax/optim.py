@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, warm-up, global-norm clipping, and the average of weights."""
+"""The optimiser: AdamW, warm-up and global-norm clipping."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,8 @@ import optax
 class OptimConfig:
   """AdamW as in DiT and ELIT.
 
-  clip: largest global norm of the gradient (inf: off). warmup: steps. ema: decay of
-  the average of weights, applied every step.
+  clip: largest global norm of the gradient (inf: off). warmup: steps. ema: the averages
+  of weights, see `elit_jax.ema`.
   """
 
   lr: float
@@ -23,7 +23,7 @@ class OptimConfig:
   weight_decay: float
   clip: float
   warmup: int
-  ema: float
+  ema: tuple[str, ...]
 
 
 def learning_rate(config: OptimConfig, count: Any) -> Any:
@@ -54,8 +54,3 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
       return adam.update(grads, state, params)
 
   return optax.GradientTransformation(adam.init, update)
-
-
-def ema_update(ema: Any, params: Any, decay: float) -> Any:
-  """decay ema + (1 - decay) params, leaf by leaf, in fp32."""
-  return jax.tree.map(lambda e, p: e * decay + p * (1 - decay), ema, params)

@@ -14,7 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import distributed, files, preemption, sharding
+from elit_jax import distributed, ema, files, preemption, sharding
 from elit_jax.budget import Budget
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
@@ -111,7 +111,8 @@ def balanced_labels(count: int, classes: int) -> np.ndarray:
 def load_ema(workdir: pathlib.Path, config: Config, mesh: Mesh) -> tuple[int, Params]:
   """(step, averaged parameters in their shards) of a workdir's newest checkpoint.
 
-  Raises ConfigError if there is none, or if it holds another model.
+  The average is `sample.ema` of a config that is `as_trained`. Raises ConfigError if
+  there is no checkpoint, if it holds another model, or no such average.
   """
   model = config_lib.build_model(config)
   folder = workdir / "checkpoints"
@@ -120,7 +121,8 @@ def load_ema(workdir: pathlib.Path, config: Config, mesh: Mesh) -> tuple[int, Pa
   check_same_model(workdir, config)
   with Checkpointer(folder, read_only=True) as checkpoints:
     target = sharding.place(mesh, denoiser.abstract_params(model))
-    return checkpoints.restore_item("ema", target)
+    scalar = jax.ShapeDtypeStruct((), np.int32, sharding=sharding.replicated(mesh))
+    return ema.load(checkpoints, config.optim.ema, config.sample.ema, target, scalar)
 
 
 def check_same_model(workdir: pathlib.Path, config: Config) -> None:
@@ -150,14 +152,24 @@ def trained_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def as_trained(workdir: pathlib.Path, config: Config) -> Config:
-  """The config with the label dropout that the workdir's model was trained with.
+  """The config with what the workdir's model was trained with, whatever it says itself.
 
-  What guidance may do depends on it, whatever the config at hand says.
+  That is the label dropout, on which guidance depends, and the averages of weights;
+  `sample.ema` becomes the name of one. Raises ConfigError if there is no such average.
   """
   trained = files.flatten(trained_config(workdir) or {})
   dropout = trained.get("flow.label_dropout", config.flow.label_dropout)
   flow = dataclasses.replace(config.flow, label_dropout=float(dropout))
-  return dataclasses.replace(config, flow=flow)
+  averages = trained.get("optim.ema", config.optim.ema)
+  if isinstance(averages, float):
+    raise ConfigError(
+      f"workdir {workdir} was trained by a version that kept one nameless average: "
+      "train it anew"
+    )
+  optim = dataclasses.replace(config.optim, ema=tuple(averages))
+  chosen = str(ema.choose(optim.ema, config.sample.ema))
+  settings = dataclasses.replace(config.sample, ema=chosen)
+  return dataclasses.replace(config, flow=flow, optim=optim, sample=settings)
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
@@ -166,6 +178,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   Chunks hold `arr_0` (uint8 NHWC for 1 or 3 channels, float32 otherwise), `arr_1` the
   labels. A folder made with other settings is refused.
   """
+  distributed.check_shared(workdir)
   config = as_trained(workdir, config)
   model = config_lib.build_model(config)
   plan = config_lib.plan(config, model)
@@ -223,6 +236,7 @@ SAMPLING_LEAVES = (
   "sample.steps",
   "sample.solver",
   "sample.budget",
+  "sample.ema",
   "sample.seed",
   "guidance",
 )

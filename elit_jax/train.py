@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from elit_jax import config as config_lib
 from elit_jax import (
   distributed,
+  ema,
   files,
   memory,
   monitor,
@@ -35,7 +36,7 @@ from elit_jax.errors import ConfigError
 from elit_jax.flow.matching import FlowMatching
 from elit_jax.flow.process import process
 from elit_jax.flow.times import time_sampler
-from elit_jax.logs import Progress, Writer
+from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 
 State = dict[str, Any]
@@ -52,6 +53,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
   share, shares = sharding.batch_share(mesh)
   source = distributed.together(lambda: open_source(config))
+  monitor.check(config)
   distributed.open_folder(workdir)
   clock = monitor.Clock(workdir / "timing.json")
 
@@ -87,10 +89,13 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       return
     every = config.train.preview_every
     previews = monitor.Previews(config, model, mesh, workdir) if every else None
-    clock.lap("compile")
 
-    with Writer(workdir, start, enabled=distributed.is_leader()) as writer:
+    with (
+      monitor.writer(config, workdir, start) as writer,
+      monitor.Profiler(config, workdir, start) as profiler,
+    ):
       log = monitor.Log(config, model, writer, len(source), window)
+      clock.lap("compile")
 
       def save(step: int) -> None:
         log.flush()
@@ -103,9 +108,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
           save(step)
           logging.info("termination signal: saved step %d, leaving", step)
           break
-        examples = next(loader)
+        profiler.reach(step, state)
+        examples = log.wait(loader)
         budget = draw_budget(config.seed, step, budgets, config.budget_weights)
-        with jax.transfer_guard("disallow"):  # but for those that are spelt out
+        # No transfers but those that are spelt out.
+        with jax.transfer_guard("disallow"), monitor.named_step(step):
           batch = put(config, mesh, examples)
           state, metrics = step_fns[budget](state, batch)
         log.add(step + 1, loader.seen, budget, metrics)
@@ -165,7 +172,7 @@ def init_state(config: Config, model: spec.Model) -> State:
   params = denoiser.init(model, jax.random.key(config.seed))
   return {
     "params": params,
-    "ema": jax.tree.map(jnp.copy, params),
+    "ema": ema.init(config.optim.ema, params),
     "opt": optim.optimizer(config.optim).init(params),
     "step": jnp.int32(0),
     # Steps with a non-finite gradient: in all, and in a row up to now.
@@ -192,7 +199,8 @@ def restore_or_init(
   target = abstract_state(config, model, mesh)
   found = checkpoints.restore(target)
   if found is None:
-    init = sharding.on_mesh(mesh, lambda: init_state(config, model))
+    # Not on_mesh: layers are initialised on a batch of one, which does not split.
+    init = functools.partial(init_state, config, model)
     return jax.jit(init, out_shardings=sharding.shardings(target))(), []
   step, state, host = found
   logging.info("going on from the checkpoint of step %d", step)
@@ -234,8 +242,9 @@ def train_step(
   tx = optim.optimizer(config.optim)
   updates, opt = tx.update(grads, state["opt"], state["params"])
   params = optax.apply_updates(state["params"], updates)
-  ema = optim.ema_update(state["ema"], params, config.optim.ema)
-  new = {"params": params, "ema": ema, "opt": opt}
+  good = state["step"] - state["bad_steps"] + 1  # updates, this one included
+  averages = ema.update(state["ema"], params, good)
+  new = {"params": params, "ema": averages, "opt": opt}
   old = {name: state[name] for name in new}
   kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
   bad = jnp.where(finite, 0, 1).astype(jnp.int32)

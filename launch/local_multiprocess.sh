@@ -54,13 +54,15 @@ for ((i = 0; i < processes; i++)); do
 done
 
 code=0
-for pid in "${pids[@]}"; do
+for i in "${!pids[@]}"; do
+  pid=${pids[i]}
   while true; do
     signalled=
     one=0
     wait "$pid" || one=$?
     [[ -n $signalled ]] || break # a trapped signal ends the wait, not the process
   done
+  echo "process $i ended with $one" >&2
   if [[ $one -ne 0 && $code -eq 0 ]]; then
     code=$one
   fi

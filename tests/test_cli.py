@@ -311,6 +311,7 @@ def test_sampling_fills_gaps_only(tiny_run, trained, workdir):
   [
     ("--config.sample.seed=7", "sample.seed 0, now it is 7"),
     ("--config.sample.budget=k1", "sample.budget '100%', now it is 'k1'"),
+    ("--config.sample.ema=0.995", "sample.ema '0.9', now it is '0.995'"),
     ("--config.guidance.scale=2", "guidance.scale 1.0, now it is 2.0"),
     ("--config.sample.batch_size=16", "sample.batch_size 8, now it is 16"),
   ],
@@ -321,6 +322,7 @@ def test_a_folder_of_other_samples_is_refused(run_main, workdir, flag, named):
   made = config_lib.to_json(tiny_config())
   made["sample"]["batch_size"] = 8
   made["sample"]["steps"] = 2
+  made["sample"]["ema"] = "0.9" if "ema" in flag else "0.995"  # the first, by its name
   (workdir / "samples").mkdir()
   files.write_json(workdir / "samples" / "config.json", made | {"step": 1})
   before = (workdir / "samples" / "config.json").read_bytes()

@@ -195,6 +195,22 @@ def test_no_number_may_be_negative_or_nan(leaf, value):
     config_lib.resolve(changed(BASE, leaf, value))
 
 
+def test_averages_may_be_numbers():
+  config = config_lib.resolve(changed(BASE, "optim.ema", [0.99, "power 0.1", 1]))
+  assert config.optim.ema == ("0.99", "power 0.1", "1")
+
+
+@pytest.mark.parametrize(
+  "text", ["100", "100:", ":5", "5:5", "9:3", "-1:5", "a:b", "1:2:3", "1.0:2", " "]
+)
+def test_steps_to_trace_are_a_range(text):
+  config = config_lib.resolve(changed(BASE, "profile.steps", "100:105"))
+  assert config_lib.profiled_steps(config) == range(100, 105)
+  assert not config_lib.profiled_steps(config_lib.resolve(BASE))
+  with pytest.raises(ConfigError, match=f"profile.steps is '{text}': want FIRST:LAST"):
+    config_lib.resolve(changed(BASE, "profile.steps", text))
+
+
 def test_infinity_survives_json():
   config = config_lib.resolve(changed(BASE, "optim.clip", math.inf))
   text = json.dumps(config_lib.to_json(config), allow_nan=False)

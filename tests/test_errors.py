@@ -118,6 +118,30 @@ CASES = {
   "one eval sample": Case(describe(BASE, "eval.count=1"), ("count is 1", "at least 2")),
   "dropout above 1": Case(describe(BASE, "flow.label_dropout=2"), ("2.0", "[0, 1]")),
   "seed too large": Case(describe(BASE, "seed=4294967296"), ("4294967296", "2**32")),
+  "steps to trace": Case(
+    describe(BASE, "profile.steps=100"), ("profile.steps is '100'", "FIRST:LAST")
+  ),
+  # Averages of weights.
+  "no averages": Case(describe(BASE, "optim.ema=()"), ("ema is empty", "0.9999")),
+  "an average twice": Case(
+    describe(BASE, "optim.ema=('power 0.1','power 0.10')"), ("optim.ema", "twice")
+  ),
+  "decay above 1": Case(describe(BASE, "optim.ema=(1.5,)"), ("'1.5'", "[0, 1]")),
+  "width too large": Case(
+    describe(BASE, "optim.ema=('power 0.3',)"), ("'power 0.3'", "below 0.2887")
+  ),
+  "no such average": Case(describe(BASE, "sample.ema=best"), ("'best'", "decay")),
+  "an average not kept": Case(
+    train(BASE, "sample.ema=0.5"), ("'0.5'", "'0.9999'", "choose one")
+  ),
+  "nothing to rebuild it from": Case(
+    (BASE, SAMPLE, "--workdir={tmp}/undropped", "--config.sample.ema=power 0.1"),
+    ("'power 0.1'", "'0.9999'", "choose one"),
+  ),
+  "average of an older version": Case(
+    (BASE, SAMPLE, "--workdir={tmp}/nameless"), ("one nameless average", "train it")
+  ),
+  "no wandb": Case(train(BASE, "wandb=mine"), ("config.wandb", "pip install wandb")),
   # Choices.
   "unknown preset": Case(
     describe(BASE, "model.preset=SiT-XXL/2"), ("SiT-XXL", "SiT-XL/2")
@@ -287,7 +311,7 @@ def tmp(tmp_path_factory) -> pathlib.Path:
   from elit_jax import config as config_lib
 
   folder = tmp_path_factory.mktemp("errors")
-  for name in ("damaged", "undropped", "bare"):
+  for name in ("damaged", "undropped", "nameless", "bare"):
     (folder / name / "checkpoints").mkdir(parents=True)
   for name, text in FILES.items():
     (folder / name).write_text(text)
@@ -295,6 +319,8 @@ def tmp(tmp_path_factory) -> pathlib.Path:
   config.flow.label_dropout = 0.0
   saved = config_lib.to_json(config_lib.resolve(config))
   (folder / "undropped" / "config.json").write_text(json.dumps(saved))
+  saved["optim"]["ema"] = 0.9999
+  (folder / "nameless" / "config.json").write_text(json.dumps(saved))
   return folder
 
 
@@ -319,6 +345,7 @@ def test_compilations_are_seen(compiled):
 @pytest.mark.parametrize("name", CASES)
 def test_one_sentence_before_any_compute(name, tmp, compiled, run_main, monkeypatch):
   monkeypatch.setitem(presets.SIZES, "odd", presets.Size(4, 32, 3))
+  monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
   case = CASES[name]
   before = len(compiled)
   with pytest.raises(ConfigError) as error:

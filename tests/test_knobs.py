@@ -8,6 +8,7 @@ import functools
 import hashlib
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from types import MappingProxyType, SimpleNamespace
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 
 from configs import base, digits, elit_sit
 from elit_jax import config as config_lib
-from elit_jax import evaluate, files, logs, sample, sharding, train
+from elit_jax import evaluate, files, logs, monitor, sample, sharding, train
 from elit_jax.errors import TrainingStopped
 
 MOST_LEAVES = 60
@@ -38,6 +39,8 @@ class Knob(NamedTuple):
 PART = {"window": (2, 2), "head": 1, "tail": 1, "write_depth": 1, "sees": "all"}
 ELIT = {"elit": PART, "budgets": ("k4", "k1")}
 GUIDED = {"guidance.scale": 2.0}
+
+AVERAGES = {"optim.ema": ("0.9999", "0.99"), "train.preview_every": 50}
 
 KNOBS = {
   "seed": Knob(1, "step data budgets init", ELIT),
@@ -62,6 +65,8 @@ KNOBS = {
   "train.log_every": Knob(20, "training"),
   "train.preview_every": Knob(50, "training"),
   "train.max_bad_steps": Knob(5, "stopping"),
+  "wandb": Knob("my-project", "training"),
+  "profile.steps": Knob("90:95", "training"),
   "optim.lr": Knob(2e-4, "step training"),
   "optim.beta1": Knob(0.8, "step"),
   "optim.beta2": Knob(0.99, "step"),
@@ -69,7 +74,7 @@ KNOBS = {
   "optim.weight_decay": Knob(0.1, "step"),
   "optim.clip": Knob(0.5, "step"),
   "optim.warmup": Knob(30, "step training"),
-  "optim.ema": Knob(0.99, "step"),
+  "optim.ema": Knob(("0.99",), "step sampling"),
   "checkpoint.every": Knob(25, "training"),
   "checkpoint.keep": Knob(1, "training"),
   "checkpoint.keep_every": Knob(50, "training", {"checkpoint.keep": 1}),
@@ -78,6 +83,7 @@ KNOBS = {
   "sample.steps": Knob(20, "sampling"),
   "sample.solver": Knob("heun", "sampling"),
   "sample.budget": Knob("k1", "sampling", ELIT),
+  "sample.ema": Knob("0.99", "sampling evaluation training", AVERAGES),
   "sample.seed": Knob(1, "sampling"),
   "guidance.scale": Knob(2.0, "sampling"),
   "guidance.label": Knob("same", "sampling", ELIT | GUIDED | {"guidance.budget": "k1"}),
@@ -145,7 +151,12 @@ def init(config: config_lib.Config) -> str:
 @functools.cache  # several effects are read from one
 def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
   """`--mode=train` with steps that do nothing but count: what is drawn and written."""
-  found = SimpleNamespace(budgets=[], batches=[], ended="")
+  found = SimpleNamespace(budgets=[], batches=[], shown=[], traced=[], ended="")
+  project = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+  found.wandb = SimpleNamespace(begun=[])
+  found.wandb.init = lambda **given: (
+    found.wandb.begun.append(given["project"]) or project
+  )
 
   def warm_up(config, model, budgets, mesh):
     def fake(budget):
@@ -163,15 +174,27 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
     return {budget: fake(budget) for budget in budgets}
 
   def compile_sampler(fn, model, size, mesh):
-    return lambda params, seed, index, label: np.zeros((len(index), *config.data.shape))
+    def draw(params, seed, index, label):
+      found.shown.append(params.tolist())
+      return np.zeros((len(index), *config.data.shape))
+
+    return draw
 
   def init_state(config, model):
-    return {"step": jnp.int32(0), "ema": jnp.zeros(1)}
+    return {
+      "step": jnp.int32(0),
+      "ema": {name: jnp.full(1, i) for i, name in enumerate(config.optim.ema)},
+    }
 
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(train, "warm_up", warm_up)
     patch.setattr(train, "init_state", init_state)
     patch.setattr(sample, "compile_sampler", compile_sampler)
+    patch.setitem(sys.modules, "wandb", found.wandb)
+    for name in ("start_trace", "stop_trace"):
+      patch.setattr(
+        jax.profiler, name, lambda *_: found.traced.append(len(found.budgets))
+      )
     workdir = pathlib.Path(folder)
     try:
       train.run(config, workdir)
@@ -179,7 +202,7 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
       found.ended = str(error)
     rows = logs.read_rows(workdir / "metrics.jsonl")
     found.rows = [
-      {k: v for k, v in row.items() if k != "images_per_second"} for row in rows
+      {k: v for k, v in row.items() if k not in monitor.RATES} for row in rows
     ]
     found.files = sorted(
       str(path.relative_to(workdir))
@@ -191,7 +214,7 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
 
 def training(config: config_lib.Config) -> Any:
   found = dry_run(config)
-  return found.rows, found.files
+  return found.rows, found.files, found.shown, found.traced, found.wandb.begun
 
 
 def budgets(config: config_lib.Config) -> Any:
@@ -223,9 +246,13 @@ def recorded(mode, config: config_lib.Config) -> list:
 
     return run
 
+  def load_ema(workdir, config, mesh):
+    calls.append(f"average {config.sample.ema}")
+    return 7, {}
+
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(jax.stages.Lowered, "compile", compile_nothing)
-    patch.setattr(sample, "load_ema", lambda workdir, config, mesh: (7, {}))
+    patch.setattr(sample, "load_ema", load_ema)
     patch.setattr(evaluate, "write", lambda *arguments: None)
     mode.run(config, pathlib.Path(folder))
     names = [path.name for path in pathlib.Path(folder).glob("samples/*")]

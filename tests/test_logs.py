@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 import struct
+import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from elit_jax import logs
+from elit_jax.errors import ConfigError
 
 
 def strict(line):
@@ -156,6 +159,74 @@ def test_disabled_writer_touches_nothing(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+class FakeWandb(types.ModuleType):
+  """What we use of wandb; it keeps what it is given."""
+
+  def __init__(self):
+    super().__init__("wandb")
+    self.begun, self.rows, self.ended = [], [], 0
+
+  def init(self, **given):
+    self.begun.append(given)
+    return self
+
+  def log(self, row, step):
+    self.rows.append((step, row))
+
+  def finish(self):
+    self.ended += 1
+
+  @staticmethod
+  def Image(pixels):
+    return pixels.shape
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+  fake = FakeWandb()
+  monkeypatch.setitem(sys.modules, "wandb", fake)
+  return fake
+
+
+def test_a_project_gets_the_same_rows_and_images(tmp_path, wandb):
+  with logs.Writer(tmp_path, project="mine", config={"seed": 3}) as writer:
+    writer.scalars(5, {"loss": 0.5, "budget": "k4"})
+    writer.images(5, {"grey": np.zeros((2, 8, 8, 1), np.uint8)})
+    writer.images(6, {"rgb": np.zeros((1, 8, 4, 3), np.uint8)})
+  assert wandb.rows == [
+    (5, {"loss": 0.5, "budget": "k4"}),
+    (5, {"grey": [(8, 8), (8, 8)]}),
+    (6, {"rgb": [(8, 4, 3)]}),
+  ]
+  (begun,) = wandb.begun
+  assert begun["project"] == "mine" and begun["config"] == {"seed": 3}
+  assert begun["name"] == tmp_path.name and begun["dir"] == str(tmp_path)
+  assert wandb.ended == 1
+  assert len(logs.read_rows(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path, wandb):
+  for resume_step in (None, 10, 20):
+    with logs.Writer(tmp_path / "a", resume_step, project="mine"):
+      pass
+  with logs.Writer(tmp_path / "b", project="mine"):
+    pass
+  *same, other = [begun["id"] for begun in wandb.begun]
+  assert len(set(same)) == 1 and other not in same
+  assert {begun["resume"] for begun in wandb.begun} == {"allow"}
+
+
+def test_without_a_project_there_is_no_wandb(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+  with logs.Writer(tmp_path) as writer:
+    writer.scalars(1, {"loss": 1.0})
+  with logs.Writer(tmp_path, enabled=False, project="mine") as writer:
+    writer.scalars(1, {"loss": 1.0})
+  assert not (tmp_path / "wandb.json").exists()
+  with pytest.raises(ConfigError, match="pip install wandb, or set config.wandb to ''"):
+    logs.import_wandb()
+
+
 def test_images_must_be_bytes(tmp_path):
   with (
     logs.Writer(tmp_path) as writer,
@@ -182,6 +253,19 @@ def test_progress_line():
     "phase train | step 80/600 | loss 0.7500",
     "phase train | step 120/600 | loss 0.5123 | 320 images/s | 0:48 left",
   ]
+
+
+def test_notes_stand_before_the_time_left():
+  clock = Clock()
+  progress = logs.Progress("train", 600, 32, clock=clock, emit=str)
+  first = progress.update(80, {"loss": 0.75}, ("MFU 31.0%", "1.2 GB"))
+  clock.now += 4.0
+  second = progress.update(120, {"loss": 0.5}, ("MFU 31.0%", "1.2 GB"))
+  assert first == "phase train | step 80/600 | loss 0.7500 | MFU 31.0% | 1.2 GB"
+  assert second == (
+    "phase train | step 120/600 | loss 0.5000 | 320 images/s | MFU 31.0% | 1.2 GB | "
+    "0:48 left"
+  )
 
 
 def test_progress_forgets_the_time_before_its_window():

@@ -22,14 +22,12 @@ from ml_collections import ConfigDict
 
 from configs import base
 from elit_jax import config as config_lib
-from elit_jax import files, logs, optim, sharding, train
+from elit_jax import ema, files, logs, monitor, optim, sample, sharding, train
 from elit_jax.budget import Budget, draw_budget
 from elit_jax.data.sources import ArraySource
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.models import denoiser, presets, spec
 
-# Rates are of the clock; all else is the same however often a run was interrupted.
-RATES = {"images_per_second"}
 real_make_mesh = sharding.make_mesh
 KEPT = ("params", "ema", "opt")  # what a bad step must not touch
 
@@ -131,7 +129,7 @@ def test_one_budget_for_all_micro_batches(monkeypatch):
 STEP = {
   "train__batch_size": 32,
   "optim__eps": 1e-4,
-  "optim__ema": 0.9,
+  "optim__ema": ("0.9", "power 0.2"),
   "optim__warmup": 5,
   "optim__weight_decay": 0.1,
 }
@@ -248,14 +246,22 @@ def test_randomness_moves_on_with_the_step(step_of, start):
 
 
 def test_average_of_weights_and_update_against_numpy(step_of, start):
-  """EMA over three steps, and AdamW with warm-up and clipping from its moments."""
+  """Averages over three steps, and AdamW with warm-up and clipping from its moments."""
   config = make_config(**STEP).optim
-  state = start
-  ema = jax.tree.map(np.float64, start["ema"])
+  state = start | {"bad_steps": np.int32(1)}  # of two steps: one update was made
+  averages = jax.tree.map(np.float64, start["ema"])
+  power = averages["power 0.2"]
+  gamma = ema.Power(0.2).gamma
   for i in range(3):
     before = state
     state, metrics = step_of()(state, make_batch(i))
-    ema = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, ema, state["params"])
+    kept = {"0.9": 0.9, "power 0.2": (1 - 1 / (2 + i)) ** (gamma + 1)}
+    averages = {
+      name: jax.tree.map(
+        lambda e, p, k=kept[name]: k * e + (1 - k) * p, tree, state["params"]
+      )
+      for name, tree in averages.items()
+    }
 
     adam, count = state["opt"][1], 3 + i  # `start` has seen two updates
     assert adam.count == state["opt"][3].count == state["step"] == count
@@ -278,7 +284,11 @@ def test_average_of_weights_and_update_against_numpy(step_of, start):
     )
     norm = math.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradient)))
     assert norm == pytest.approx(min(metrics["grad_norm"], config.clip), rel=1e-4)
-  for a, b in zip(jax.tree.leaves(state["ema"]), jax.tree.leaves(ema), strict=True):
+  assert bits(averages["power 0.2"]) != bits(power)
+  assert state["ema"].keys() == averages.keys()
+  for a, b in zip(
+    jax.tree.leaves(state["ema"]), jax.tree.leaves(averages), strict=True
+  ):
     assert a.dtype == np.float32
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -348,7 +358,7 @@ RUN = {
   "checkpoint__keep": 3,
   "optim__lr": 3e-3,
   "optim__warmup": 5,
-  "optim__ema": 0.9,
+  "optim__ema": ("0.9", "power 0.05", "power 0.1"),
 }
 
 
@@ -442,7 +452,7 @@ def resumed(finished, tmp_path, monkeypatch):
 
 
 def timeless(rows: list[dict]) -> list[dict]:
-  return [{k: v for k, v in row.items() if k not in RATES} for row in rows]
+  return [{k: v for k, v in row.items() if k not in monitor.RATES} for row in rows]
 
 
 def test_one_trace_and_one_compilation_a_budget(finished):
@@ -478,7 +488,12 @@ def test_warm_up_comes_first_and_shows_its_progress(finished):
   assert phases[2].startswith("phase train | step 7/40 | loss ")
   assert phases[-1].startswith("phase train | step 40/40 | loss ")
   for line in phases[3:]:
-    assert "images/s" in line and line.endswith("left")
+    assert re.search(
+      r"\| [\d.]+ images/s \| [\d.e-]+ GFLOPs/image \| MFU [\d.]+% \| input \d+% \| "
+      r"[\d.]+ GB \| [\d:]+ left$",
+      line,
+    )
+    assert len(line) < 130
 
 
 def test_the_parameters_are_listed(finished):
@@ -510,7 +525,14 @@ def test_every_row_has_the_promised_fields(finished):
     assert row["images"] == 16 * step
     assert row["epochs"] == pytest.approx(16 * step / 1500)
     assert row["bad_steps"] == 0
-    assert row["images_per_second"] > 0
+    assert row["images_per_second"] == pytest.approx(16 * row["steps_per_second"])
+    fresh = 7 if step < 40 else 5
+    flops_per_image = 1e9 * sum(price[name] for name in names) / fresh
+    done = row["images_per_second"] * flops_per_image
+    assert row["mfu"] == pytest.approx(done / row["peak_flops"], rel=1e-6)
+    assert 0 <= row["input_wait"] < 1
+    assert 0.01 < row["memory_gb"] < 100
+    assert row.keys() >= monitor.RATES
     assert row["grad_norm"] > 0
     assert row["lr"] == pytest.approx(
       float(optim.learning_rate(config.optim, step - 1))
@@ -553,6 +575,107 @@ def test_checkpoints_and_times_are_there(finished):
   assert timing.keys() == {"setup", "compile", "train"} and min(timing.values()) > 0
   saved = files.read_json(finished.workdir / "config.json")
   assert saved == config_lib.to_json(finished.config)
+
+
+def test_all_averages_are_saved_and_others_rebuilt(finished):
+  """As `--mode=sample` does it."""
+  folder, averages = finished.workdir / "checkpoints", finished.state["ema"]
+  assert averages.keys() == {"0.9", "power 0.05", "power 0.1"}
+  found = {}
+  for name in ("", "power 0.10", "power 0.07"):
+    # Which averages there are is known from the workdir.
+    config = make_config(elit=ELIT, sample__ema=name)
+    config = sample.as_trained(finished.workdir, config)
+    step, found[name] = sample.load_ema(finished.workdir, config, mesh_of(2))
+    assert step == STEPS
+  assert bits(found[""]) == bits(averages["0.9"])
+  assert bits(found["power 0.10"]) == bits(averages["power 0.1"])
+
+  kept = [(step, width) for step in (20, 30, 40) for width in (0.05, 0.1)]
+  weights, _ = ema.fit(
+    [(step, ema.Power(width).gamma) for step, width in kept],
+    (STEPS, ema.Power(0.07).gamma),
+  )
+  with train.Checkpointer(folder, read_only=True) as checkpoints:
+    parts = [
+      checkpoints.restore_item(f"ema/power {width}", step=step)[1]
+      for step, width in kept
+    ]
+  wanted = jax.tree.map(
+    lambda *leaves: sum(
+      w * np.float64(x) for w, x in zip(weights, leaves, strict=True)
+    ),
+    *parts,
+  )
+  for a, b in zip(
+    jax.tree.leaves(found["power 0.07"]), jax.tree.leaves(wanted), strict=True
+  ):
+    assert a.dtype == np.float32 and len(a.devices()) == 2
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+class Ticking:
+  """A clock that stands still unless it is told."""
+
+  def __init__(self):
+    self.now = 0.0
+
+  def __call__(self) -> float:
+    return self.now
+
+
+def test_rates_of_a_row(tmp_path, monkeypatch):
+  """Two steps in four seconds, three of which go by before there is input."""
+  clock = Ticking()
+  monkeypatch.setattr(monitor.time, "monotonic", clock)
+  monkeypatch.setattr(monitor, "peak_flops", lambda dtype: 1e9)
+  config = make_config(train__log_every=2, train__batch_size=8)
+  model = config_lib.build_model(config)
+  price = 3 * spec.flops(model, config.data.shape, Budget())
+
+  def batches():
+    while True:
+      clock.now += 1.5
+      yield "batch"
+
+  metrics = {"loss": 1.0, "grad_norm": 1.0, "bad_steps": 0, "bad_run": 0}
+  metrics = {name: jnp.float32(value) for name, value in metrics.items()}
+  with logs.Writer(tmp_path) as writer:
+    # A step of the row was timed by the process before, at another price.
+    log = monitor.Log(config, model, writer, 100, [["100%", 1.0, 1.0, 0, 1e9]])
+    source = batches()
+    for step in (1, 2, 3, 4):
+      assert log.wait(source) == "batch"
+      clock.now += 0.5
+      log.add(step, 8 * step, Budget(), metrics)
+    log.flush()
+  first, second = logs.read_rows(tmp_path / "metrics.jsonl")
+  # The row of a step is written when the next one has been dispatched.
+  assert (first["steps_per_second"], first["input_wait"]) == (2 / 6, 4.5 / 6)
+  assert (second["steps_per_second"], second["images_per_second"]) == (1, 8)
+  assert second["input_wait"] == 1.5 / 2
+  assert first["mfu"] == pytest.approx(2 * 8 * price / 6 / 1e9)
+  assert second["mfu"] == pytest.approx(2 * 8 * price / 2 / 1e9)
+  assert first["gflops_per_image"] > 1e8 > second["gflops_per_image"]
+
+
+def test_the_peak_is_of_all_devices_and_measured_once(monkeypatch):
+  measured = []
+
+  def matmul_rate(dtype, **_):
+    measured.append(dtype)
+    return 5e9
+
+  monkeypatch.setattr(monitor, "_measured", {})
+  monkeypatch.setattr(monitor.roofline, "matmul_rate", matmul_rate)
+  for _ in range(2):  # the eight devices are one CPU
+    assert monitor.peak_flops("float32") == 5e9
+  assert monitor.peak_flops("bfloat16") == 5e9
+  assert measured == ["float32", "bfloat16"]
+  monkeypatch.setattr(monitor.roofline, "peak_flops", lambda kind: 1e12)
+  with listening("absl") as lines:
+    assert monitor.peak_flops("float32") == 8e12
+  assert lines == ["MFU 100% is 8 TFLOP/s: 8 x cpu, as its maker states"]
 
 
 # --- going on -------------------------------------------------------------------------
@@ -631,6 +754,64 @@ def test_a_finished_run_is_left_alone(finished, resumed, monkeypatch):
     resumed()
   assert any("nothing to train" in line for line in lines)
   assert (resumed.workdir / "metrics.jsonl").read_bytes() == rows
+
+
+def traced_steps(workdir: pathlib.Path) -> list[int]:
+  """The steps that lie in the trace of a run, and their programs ran in it, too."""
+  found: list[int] = []
+  for path in (workdir / "profile" / "process_0").glob("**/*.xplane.pb"):
+    data = jax.profiler.ProfileData.from_file(str(path))
+    events = [e for plane in data.planes for line in plane.lines for e in line.events]
+    found += [dict(e.stats)["step_num"] for e in events if e.name == "train"]
+  return sorted(found)
+
+
+@pytest.mark.parametrize(
+  ("window", "wanted"),
+  [("33:36", [33, 34, 35]), ("20:32", [30, 31]), ("38:90", [38, 39])],
+)
+def test_the_steps_asked_for_are_traced(finished, resumed, window, wanted):
+  """Also of a run that begins or ends among them; and it is the run all the same."""
+  workdir = resumed(profile__steps=window, train__preview_every=0)
+  assert traced_steps(workdir) == wanted
+  assert bits(saved_state(workdir, STEPS)) == bits(finished.state)
+
+
+@pytest.mark.parametrize("window", ["10:30", "40:50"])
+def test_steps_that_do_not_come_are_not_traced(tmp_path, window):
+  config = make_config(profile__steps=window, train__steps=40)
+  with listening("absl") as lines, monitor.Profiler(config, tmp_path, 30) as profiler:
+    for step in range(30, 40):
+      profiler.reach(step, ())
+  (line,) = lines
+  assert "nothing is traced" in line and window in line and "30:40" in line
+  assert not [*tmp_path.iterdir()]
+
+
+def test_a_trace_ends_with_a_termination_request(resumed, monkeypatch):
+  polls = iter([False] * 5 + [True])
+  monkeypatch.setattr(train.preemption, "requested", lambda: next(polls))
+  assert traced_steps(resumed(profile__steps="33:39", train__preview_every=0)) == [
+    33,
+    34,
+  ]
+
+
+def test_previews_show_the_average_asked_for(finished, resumed):
+  workdir = resumed(sample__ema="power 0.05", train__preview_every=20)
+  path = pathlib.Path("previews", "0000040.png")
+  assert (workdir / path).read_bytes() != (finished.workdir / path).read_bytes()
+  # One that would have to be rebuilt is not shown: the first is.
+  shutil.rmtree(workdir / "checkpoints" / "40")
+  resumed(sample__ema="power 0.07")
+  assert (workdir / path).read_bytes() == (finished.workdir / path).read_bytes()
+
+
+def test_other_averages_are_refused(resumed):
+  with pytest.raises(
+    ConfigError, match=r"ema/power 0\.05/.* is in the checkpoint only"
+  ):
+    resumed(optim__ema=("0.9", "power 0.2"))
 
 
 def poisoned(good: int) -> ArraySource:

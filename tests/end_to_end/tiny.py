@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
   config.train.batch_size = 8
   config.train.log_every = 7  # does not divide what lies between checkpoints
   config.optim.lr = 1e-3
-  config.optim.ema = 0.99
+  config.optim.ema = ("0.99",)
   config.checkpoint.every = 5
   config.checkpoint.keep_every = 50
   return config

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elit_jax import optim
+from elit_jax import ema, optim
 from elit_jax.flow.process import process
 from elit_jax.models import denoiser
 from elit_jax.sampling import sampler, steppers
@@ -214,11 +214,14 @@ def test_adamw_warmup_clip_and_average(
   want, want_ema, rates = reference.adamw(start, gradients, setting)
   config = training.optim_config(setting)
   step = training.optimiser_step(config)
-  params = ema = jax.tree.map(jnp.asarray, start)
+  params = jax.tree.map(jnp.asarray, start)
+  averages = ema.init(config.ema, params)
   state = optim.optimizer(config).init(params)
   for i, gradient in enumerate(gradients):
     np.testing.assert_allclose(optim.learning_rate(config, i), rates[i], rtol=1e-6)
-    params, ema, state = step(params, ema, state, jax.tree.map(jnp.asarray, gradient))
+    gradient = jax.tree.map(jnp.asarray, gradient)
+    params, averages, state = step(params, averages, state, gradient)
+  (average,) = averages.values()
   for name in shapes:
     np.testing.assert_allclose(params[name], want[name], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(ema[name], want_ema[name], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(average[name], want_ema[name], rtol=0, atol=1e-6)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from elit_jax import optim
+from elit_jax import ema, optim
 from elit_jax.flow.process import Process, process
 from elit_jax.models import denoiser
 from elit_jax.models.spec import Blocks
@@ -126,18 +126,18 @@ def optim_config(setting: Mapping[str, Any]) -> optim.OptimConfig:
     weight_decay=setting["weight_decay"],
     clip=setting["max_grad_norm"],
     warmup=setting["warmup_steps"],
-    ema=setting["ema_decay"],
+    ema=(str(setting["ema_decay"]),),
   )
 
 
 def optimiser_step(config: optim.OptimConfig) -> Callable:
-  """(params, EMA, state, gradient) to the first three after a step; compiled once."""
+  """(params, averages, state, gradient) to the first three after it; compiled once."""
   transform = optim.optimizer(config)
 
-  def step(params: Any, ema: Any, state: Any, gradient: Any) -> tuple:
+  def step(params: Any, averages: Any, state: Any, gradient: Any) -> tuple:
     updates, state = transform.update(gradient, state, params)
     params = optax.apply_updates(params, updates)
-    return params, optim.ema_update(ema, params, config.ema), state
+    return params, ema.update(averages, params, 1), state  # 1: a decay does not count
 
   compiled = compile_quickly(step)
 
@@ -155,7 +155,7 @@ def check_optimiser(golden: Golden, report: Report, run: Run) -> None:
   setting = golden.json("opt/config")
   config = optim_config(setting)
   step, state = optimiser_step(config), optim.optimizer(config).init(run.params)
-  start, ema = run.params, run.params
+  start, averages = run.params, ema.init(config.ema, run.params)
   x_0, noise = (channels_last(golden[f"opt/{name}"]) for name in ("x0", "noise"))
   for i, budget in enumerate(setting["budgets"]):
     drawn = (golden["opt/t"][i], noise[i], golden["opt/y"])
@@ -163,7 +163,7 @@ def check_optimiser(golden: Golden, report: Report, run: Run) -> None:
     batch = {"image": jnp.asarray(x_0[i])}
     loss, gradient = run.loss(run.budget(budget), objective, batch)
     norm, rate = optax.tree.norm(gradient), optim.learning_rate(config, i)
-    run.params, ema, state = step(run.params, ema, state, gradient)
+    run.params, averages, state = step(run.params, averages, state, gradient)
     for section, name, got, tolerance in (
       # After as many steps, which drift apart: an optimiser result.
       ("loss", "loss", loss.total, OPTIMISER),
@@ -172,7 +172,8 @@ def check_optimiser(golden: Golden, report: Report, run: Run) -> None:
     ):
       want = golden[f"opt/{name}"][i]
       report.compare(section, f"opt/{name}[{i}]", got, want, tolerance)
-  for kind, params in (("param_after", run.params), ("ema_after", ema)):
+  (average,) = averages.values()
+  for kind, params in (("param_after", run.params), ("ema_after", average)):
     _compare_parameters(golden, report, run, f"opt/{kind}", params)
   run.params = start
 
