@@ -123,7 +123,7 @@ def _placement(description: dict[str, Any]) -> str:
   total = sum(row["bytes_per_device"] for row in description["placement"])
   lines = [
     f"mesh (data, fsdp, tensor) = {tuple(description['mesh'])}: {total / 1e6:,.1f} MB "
-    "of parameters on a device, and as much for their average and each of two moments"
+    "of parameters on a device, and as much for each average and each of two moments"
   ]
   for rule, found in rows.items():
     lines.append(f"  rule {rule}")
