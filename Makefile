@@ -8,6 +8,10 @@ VENV ?= .venv
 JOBS ?= 2
 WORKDIR = runs/digits
 
+# For the large arrays of a CPU run: huge pages, and freed memory is kept for the next
+# step. Another allocator does not read it.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
+
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

@@ -239,14 +239,17 @@ def train_step(
   )
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm)
-  tx = optim.optimizer(config.optim)
-  updates, opt = tx.update(grads, state["opt"], state["params"])
-  params = optax.apply_updates(state["params"], updates)
   good = state["step"] - state["bad_steps"] + 1  # updates, this one included
-  averages = ema.update(state["ema"], params, good)
-  new = {"params": params, "ema": averages, "opt": opt}
-  old = {name: state[name] for name in new}
-  kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+  learnt = {name: state[name] for name in ("params", "ema", "opt")}
+  # A branch, and no choice array by array: that would keep old and new in memory.
+  learnt = jax.lax.cond(
+    finite,
+    functools.partial(apply_gradient, config.optim),
+    lambda learnt, grads, count: learnt,
+    learnt,
+    grads,
+    good,
+  )
   bad = jnp.where(finite, 0, 1).astype(jnp.int32)
   counters = {
     "step": state["step"] + 1,
@@ -258,7 +261,17 @@ def train_step(
     "bad_steps": counters["bad_steps"],
     "bad_run": counters["bad_run"],
   }
-  return kept | counters, metrics
+  return learnt | counters, metrics
+
+
+def apply_gradient(
+  config: optim.OptimConfig, learnt: State, grads: Any, count: jax.Array
+) -> State:
+  """Parameters, moments and averages after update number `count` (1, 2, ...)."""
+  updates, opt = optim.optimizer(config).update(grads, learnt["opt"], learnt["params"])
+  params = optax.apply_updates(learnt["params"], updates)
+  averages = ema.update(learnt["ema"], params, count)
+  return {"params": params, "ema": averages, "opt": opt}
 
 
 def accumulate(
