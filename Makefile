@@ -8,10 +8,6 @@ VENV ?= .venv
 JOBS ?= 2
 WORKDIR = runs/digits
 
-# For the large arrays of a CPU run: huge pages, and freed memory is kept for the next
-# step. Another allocator does not read it.
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
-
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -61,6 +57,9 @@ quickstart: install  ## train and evaluate the digits model
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=eval
 
 BENCH = $(PY) -m benchmarks.run --model=SiT-S/2 --batch=8 --remat=dots --steps=10 --rounds=3 --slow-rounds=2
+# Huge pages, one arena, and freed memory is kept for the next step: the arrays of a CPU
+# run are large. Not for what compiles much: its threads would wait for the one arena.
+bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000
 bench: install  ## time, FLOPs and memory by budget; beside torch where it is installed
 	$(BENCH) --out=runs/bench/plain.json
 	$(BENCH) --split=paper --budgets=k1,k4,k16 --out=runs/bench/paper.json
