@@ -353,5 +353,6 @@ def warm_up(
       if preemption.requested():
         pool.shutdown(wait=False, cancel_futures=True)
         return None
-  memory.check_programs({str(b): compiled[b] for b in budgets})
+  programs = {str(b): compiled[b] for b in budgets}
+  distributed.together(lambda: memory.check_programs(programs))
   return compiled
