@@ -4,7 +4,6 @@
 Any leaf of the config can be overridden: --config.optim.lr=2e-4.
 """
 
-import contextlib
 import inspect
 import json
 import logging as stdlogging
@@ -78,11 +77,8 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
   """Prints what the doctor finds; whether all of it is well."""
   from elit_jax import doctor
 
-  # What keeps the processes from joining is a finding, too.
-  with contextlib.suppress(ConfigError):
-    distributed.start()
   findings = doctor.examine(config, workdir)
-  if distributed.is_leader():
+  if doctor.no_device_starts(findings) or distributed.is_leader():
     print(doctor.table(findings))
   return doctor.healthy(findings)
 

@@ -135,6 +135,12 @@ def _version(package: str) -> str:
     return "none"
 
 
+def start(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Whether the processes of a run meet; a refusal is raised, and becomes a finding."""
+  distributed.start()
+  return Finding("start", True, f"{jax.process_count()} in all")
+
+
 def launcher(config: Config, workdir: pathlib.Path | None) -> Finding:
   """Who says how many processes there are, and whether that many have met."""
   env, count = os.environ, jax.process_count()
@@ -362,6 +368,7 @@ def step_seconds(config: Config) -> float:
 CHECKS: tuple[Check, ...] = (
   versions,
   flags,
+  start,
   launcher,
   devices,
   mesh,
@@ -386,12 +393,17 @@ def examine(
   """
   findings: list[Finding] = []
   for check in checks:
-    if any(f.name == "flags" and f.ok is False for f in findings):
+    if no_device_starts(findings):
       advice = "mend the flags first: with them no device starts"
       findings.append(Finding(check.__name__, None, "not looked at", advice))
       continue
     findings.append(_guarded(check, config, workdir))
   return findings
+
+
+def no_device_starts(findings: Sequence[Finding]) -> bool:
+  """Whether flags are refused: then jax must not be asked anything."""
+  return any(f.name == "flags" and f.ok is False for f in findings)
 
 
 def _guarded(check: Check, config: Config, workdir: pathlib.Path | None) -> Finding:

@@ -5,8 +5,11 @@ import dataclasses
 import datetime
 import importlib.util
 import itertools
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import time
 
 import elastic
@@ -450,3 +453,34 @@ def test_peaks_are_known_by_the_names_that_jax_gives():
   assert roofline.peak_flops("NVIDIA H200") == 989.5e12
   assert roofline.peak_flops("cpu") is None
   assert all(1e13 < peak < 1e16 for peak in roofline.PEAK_BF16.values())
+
+
+@pytest.mark.parametrize(
+  "env,words",
+  [
+    ({"XLA_FLAGS": "--xla_of_old=1"}, "refused: XLA_FLAGS: --xla_of_old=1"),
+    ({"ELIT_REQUEUE_CODE": "again"}, "ELIT_REQUEUE_CODE is 'again'"),
+    (
+      {
+        "ELIT_COORDINATOR": "localhost:1",
+        "ELIT_PROCESS_COUNT": "2",
+        "ELIT_PROCESS_INDEX": "5",
+      },
+      "ELIT_PROCESS_INDEX is 5",
+    ),
+  ],
+)
+def test_the_command_itself_shows_what_would_stop_a_run(env, words):
+  root = pathlib.Path(__file__).resolve().parents[1]
+  plain = {name: value for name, value in os.environ.items() if "FLAGS" not in name}
+  done = subprocess.run(
+    [sys.executable, "main.py", "--config=configs/base.py", "--mode=doctor"],
+    env=plain | env,
+    cwd=root,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert done.returncode == 1
+  assert words in " ".join(done.stdout.split())
