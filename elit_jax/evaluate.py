@@ -131,32 +131,34 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   seconds["validate"] = time.monotonic() - start
 
   start = time.monotonic()
-  leader = distributed.is_leader()
-  judge = JUDGES.get(config.data.source) if leader else None
+  judge = JUDGES.get(config.data.source) if distributed.is_leader() else None
   judged = judge() if judge else None
   # Of the picture: at most two of each class, as many as every row has.
   columns = min(COLUMNS, 2 * config.model.classes, *(row.count for row in rows))
-  table, shown = [], []
+  table: list[dict[str, Any]] = []
+  shown: list[tuple[str, np.ndarray]] = []
+
+  def take(row: Row, images: np.ndarray, labels: np.ndarray, ms: list[float]) -> None:
+    name = f"samples_{report.file_stem(row.name)}.npz"
+    files.save_samples(folder / name, images, labels)
+    quality = judged.quality(images, labels) if judged else {}
+    figures = figures_of(config, model, row, step) | {
+      "ms_per_image": statistics.median(ms),
+      "ms_per_image_runs": ms,
+      "recognised": quality.get("recognised"),
+      "frechet_raw_pixels": quality.get("frechet_raw_pixels"),
+      "nearest_train_distance": quality.get("nearest_train_distance"),
+    }
+    figures |= loss_figures(row, loss_IR)
+    table.append(figures)
+    shown.append((report.row_caption(figures), images[:columns]))
+
   for row, draw in zip(rows, draws, strict=True):
     drawn = draw_row(config, row, draw, params, folder / "chunks")
     if drawn is None:
       logging.info("termination signal: leaving, run again for the rest")
       return
-    if leader:
-      images, labels, ms = drawn
-      name = f"samples_{report.file_stem(row.name)}.npz"
-      files.save_samples(folder / name, images, labels)
-      quality = judged.quality(images, labels) if judged else {}
-      figures = figures_of(config, model, row, step) | {
-        "ms_per_image": statistics.median(ms),
-        "ms_per_image_runs": ms,
-        "recognised": quality.get("recognised"),
-        "frechet_raw_pixels": quality.get("frechet_raw_pixels"),
-        "nearest_train_distance": quality.get("nearest_train_distance"),
-      }
-      figures |= loss_figures(row, loss_IR)
-      table.append(figures)
-      shown.append((report.row_caption(figures), images[:columns]))
+    distributed.on_leader(functools.partial(take, row, *drawn))
   seconds["sample"] = time.monotonic() - start
 
   def finish() -> None:

@@ -211,8 +211,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       return
     index = np.arange(first, min(first + s.batch_size, s.count))
     images = draw(params, s.seed, index, labels[index])
-    if distributed.is_leader():
-      files.save_samples(folder / f"{first:06d}.npz", images, labels[index])
+    save = functools.partial(
+      files.save_samples, folder / f"{first:06d}.npz", images, labels[index]
+    )
+    distributed.on_leader(save)
     progress.update(done)
 
 
