@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from elit_jax import config as config_lib
-from elit_jax import distributed, environment, files
+from elit_jax import distributed, environment, files, preemption
 from elit_jax.errors import ConfigError, TrainingStopped, nearest
 
 OVERRIDE = re.compile(r"--?(?:no)?(config\.[^=]+)")
@@ -84,7 +84,7 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
 
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  from elit_jax import evaluate, preemption, sample, train
+  from elit_jax import evaluate, sample, train
 
   preemption.install()
   keep_programs(workdir)
@@ -212,6 +212,9 @@ def cli() -> None:
   set_up_logging()
   try:
     app.run(main, flags_parser=checked_flags)
+  except SystemExit as end:
+    preemption.leave(end.code if isinstance(end.code, int) else 0)
+    raise
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

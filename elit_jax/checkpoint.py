@@ -30,6 +30,14 @@ _TMP = ".orbax-checkpoint-tmp"
 _SHOWN = 5  # how many differing paths an error names
 
 
+class Damaged(ConfigError):
+  """None of the `steps` that were asked for can be read."""
+
+  def __init__(self, message: str, steps: Sequence[int]):
+    super().__init__(message)
+    self.steps = tuple(steps)
+
+
 class Checkpointer(contextlib.AbstractContextManager):
   """Saves and restores a state (a tree of arrays) with JSON data and the run's config.
 
@@ -203,9 +211,10 @@ class Checkpointer(contextlib.AbstractContextManager):
       damaged.append(candidate)
     # All of them may well have one cause that is no damage (another Orbax, a disk that
     # is not mounted), so that nothing is renamed here.
-    raise ConfigError(
+    raise Damaged(
       f"no sound checkpoint in {self.directory}: "
-      f"{', '.join(map(str, damaged))} cannot be read ({reason})"
+      f"{', '.join(map(str, damaged))} cannot be read ({reason})",
+      damaged,
     )
 
   def _set_aside(self, steps: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from elit_jax.checkpoint import Checkpointer
+from elit_jax.checkpoint import Checkpointer, Damaged
 from elit_jax.errors import ConfigError
 
 Tree = Any
@@ -185,18 +185,38 @@ def load(
   if profile in known:
     return checkpoints.restore_item(f"ema/{profile}", target)
   assert isinstance(profile, Power)
+  powers = [power for power in known if isinstance(power, Power)]
+  steps = checkpoints.steps()
+  while True:
+    try:
+      return _rebuild(checkpoints, steps, powers, profile, target, scalar)
+    except Damaged as error:
+      steps = [step for step in steps if step not in error.steps]
+      if not steps:
+        raise
+
+
+def _rebuild(
+  checkpoints: Checkpointer,
+  steps: Sequence[int],
+  powers: Sequence[Power],
+  profile: Power,
+  target: Tree,
+  scalar: jax.ShapeDtypeStruct,
+) -> tuple[int, Tree]:
+  """(newest of the steps, the profile there) from the powers stored in all of them."""
 
   def updates(step: int) -> int:
     counters = ("step", "bad_steps")
     good, bad = (checkpoints.restore_item(c, scalar, step)[1] for c in counters)
     return int(good) - int(bad)
 
-  counts = {step: updates(step) for step in checkpoints.steps()}
+  counts = {step: updates(step) for step in steps}
   kept = {
     (step, power): (float(count), power.gamma)
     for step, count in counts.items()
-    for power in known
-    if count and isinstance(power, Power)
+    for power in powers
+    if count
   }
   if not kept:
     raise ConfigError(f"no checkpoint to rebuild {profile} from: train it further")

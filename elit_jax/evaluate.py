@@ -1,6 +1,5 @@
 """`--mode=eval`: what each budget costs and gives, as a report in <workdir>/report."""
 
-import concurrent.futures
 import functools
 import os
 import pathlib
@@ -120,7 +119,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   seconds = {}
   start = time.monotonic()
   rows = rows_of(config, model)
-  draws, losses = compile_all(config, model, rows, mesh)
+  programs = compile_all(config, model, rows, mesh)
+  if programs is None:
+    logging.info("termination signal: leaving, run again for the report")
+    return
+  draws, losses = programs
   seconds["compile_eval"] = time.monotonic() - start
 
   start = time.monotonic()
@@ -197,10 +200,12 @@ def begin(config: Config, folder: pathlib.Path, step: int) -> None:
 
 def compile_all(
   config: Config, model: spec.Model, rows: Sequence[Row], mesh: Mesh
-) -> tuple[list[Callable], dict[Budget, Callable]]:
-  """The samplers of all rows and the losses of all budgets, compiled side by side."""
+) -> tuple[list[Callable], dict[Budget, Callable]] | None:
+  """The samplers of all rows and the losses of all budgets, compiled side by side.
+
+  None if a termination signal came meanwhile.
+  """
   budgets = [row.phase.budget for row in rows if row.phase.guidance is None]
-  progress = Progress("compile", len(rows) + len(budgets))
 
   def sampler(row: Row) -> Callable:
     fn = sample.sample_fn(
@@ -208,17 +213,14 @@ def compile_all(
     )
     return sample.compile_sampler(fn, model, config.sample.batch_size, mesh)
 
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    samplers = [pool.submit(sampler, row) for row in rows]
-    losses = [pool.submit(compile_loss, config, model, b, mesh) for b in budgets]
-    running = concurrent.futures.as_completed([*samplers, *losses])
-    for done, future in enumerate(running, 1):
-      future.result()
-      progress.update(done)
-  return (
-    [future.result() for future in samplers],
-    {b: future.result() for b, future in zip(budgets, losses, strict=True)},
-  )
+  jobs: dict[Row | Budget, Callable] = {
+    row: functools.partial(sampler, row) for row in rows
+  }
+  jobs |= {b: functools.partial(compile_loss, config, model, b, mesh) for b in budgets}
+  programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
+  if programs is None:
+    return None
+  return [programs[row] for row in rows], {b: programs[b] for b in budgets}
 
 
 def compile_loss(

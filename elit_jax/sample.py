@@ -202,7 +202,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   logging.info("phase compile | sampling plan %s", plan)
   start = time.monotonic()
   fn = sample_fn(model, plan, s.solver, config.flow.path, config.data.shape)
-  draw = compile_sampler(fn, model, s.batch_size, mesh)
+  job = functools.partial(compile_sampler, fn, model, s.batch_size, mesh)
+  compiled = preemption.side_by_side({"sampler": job}, lambda done: None)
+  if compiled is None:
+    logging.info("termination signal: leaving before the first sample")
+    return
+  draw = compiled["sampler"]
   logging.info("phase compile | done in %.1f s", time.monotonic() - start)
   progress = Progress("sample", len(missing), s.batch_size)
   for done, first in enumerate(missing, 1):

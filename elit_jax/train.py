@@ -1,11 +1,9 @@
 """Training: one loop, one step, one compiled program a budget."""
 
-import concurrent.futures
 import contextlib
 import functools
-import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -47,42 +45,15 @@ BATCH_KEYS = ("image", "label", "position")
 
 def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=train`: trains to `train.steps`, going on from the newest checkpoint."""
-  model = config_lib.build_model(config)
-  budgets = config_lib.budgets(config, model)
-  mesh = config_lib.make_mesh(config, model)
-  sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
-  share, shares = sharding.batch_share(mesh)
-  source = distributed.together(lambda: open_source(config))
-  monitor.check(config)
-  distributed.open_folder(workdir)
+  model, budgets, mesh, source = prepare(config, workdir)
   clock = monitor.Clock(workdir / "timing.json")
-
-  with (
-    distributed.held_by_leader(files.only_writer(workdir)),
-    Checkpointer(
-      workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
-    ) as checkpoints,
-    contextlib.closing(
-      Loader(
-        source,
-        config.train.batch_size,
-        config.seed,
-        process_index=share,
-        process_count=shares,
-      )
-    ) as loader,
-  ):
-    sample.check_same_model(workdir, config)
+  with hold(config, workdir, mesh, source) as (checkpoints, loader):
     state, window = restore_or_init(config, model, mesh, checkpoints, loader)
     start = int(state["step"])
     if start >= config.train.steps:
       logging.info("nothing to train: the checkpoint has %d steps already", start)
       return
-    before = sample.trained_config(workdir)
-    distributed.on_leader(lambda: record_start(config, model, workdir, start, before))
-    if start:
-      clock.resume()
-    clock.lap("setup")
+    begin(config, model, workdir, start, clock)
     step_fns = warm_up(config, model, budgets, mesh)
     if step_fns is None:
       logging.info("termination signal: leaving before step %d", start)
@@ -127,17 +98,79 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     clock.lap("train")
 
 
-def record_start(
+def prepare(
+  config: Config, workdir: pathlib.Path
+) -> tuple[spec.Model, tuple[Budget, ...], Mesh, Source]:
+  """What a run stands on; ConfigError for all that can be refused before it begins."""
+  model = config_lib.build_model(config)
+  budgets = config_lib.budgets(config, model)
+  mesh = config_lib.make_mesh(config, model)
+  sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
+  source = distributed.together(lambda: open_source(config))
+  monitor.check(config)
+  distributed.open_folder(workdir)
+  return model, budgets, mesh, source
+
+
+@contextlib.contextmanager
+def hold(
+  config: Config, workdir: pathlib.Path, mesh: Mesh, source: Source
+) -> Iterator[tuple[Checkpointer, Loader]]:
+  """The checkpoints and the input of a workdir, which no other program may train in.
+
+  Raises ConfigError if one does, or if the workdir holds another run.
+  """
+  share, shares = sharding.batch_share(mesh)
+  with (
+    distributed.held_by_leader(files.only_writer(workdir)),
+    Checkpointer(
+      workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
+    ) as checkpoints,
+    contextlib.closing(
+      Loader(
+        source,
+        config.train.batch_size,
+        config.seed,
+        process_index=share,
+        process_count=shares,
+      )
+    ) as loader,
+  ):
+    sample.check_same_model(workdir, config)
+    check_same_averages(workdir, config)
+    yield checkpoints, loader
+
+
+def check_same_averages(workdir: pathlib.Path, config: Config) -> None:
+  """Raises ConfigError if the workdir's run keeps other averages of its weights."""
+  old = files.flatten(sample.trained_config(workdir) or {}).get("optim.ema")
+  if old is not None and tuple(old) != config.optim.ema:
+    raise ConfigError(
+      f"config.optim.ema is {config.optim.ema}, and the run in {workdir} keeps "
+      f"{tuple(old)}: an average cannot begin in the middle of a run, so go on with "
+      "these, or start in another workdir"
+    )
+
+
+def begin(
   config: Config,
   model: spec.Model,
   workdir: pathlib.Path,
   step: int,
-  before: Mapping[str, Any] | None,
+  clock: monitor.Clock,
 ) -> None:
   """Writes down what is going to be trained, from which step on."""
-  report_changes(before or {}, config)
-  files.write_json(workdir / "config.json", config_lib.to_json(config))
-  monitor.log_model(model, config, workdir, step)
+  before = sample.trained_config(workdir)
+
+  def record() -> None:
+    report_changes(before or {}, config)
+    files.write_json(workdir / "config.json", config_lib.to_json(config))
+    monitor.log_model(model, config, workdir, step)
+
+  distributed.on_leader(record)
+  if step:
+    clock.resume()
+  clock.lap("setup")
 
 
 def report_changes(before: Mapping[str, Any], config: Config) -> None:
@@ -341,18 +374,14 @@ def warm_up(
   signal came meanwhile. ConfigError if one of them does not fit into memory.
   """
   progress = Progress("compile", len(budgets))
-  compiled: dict[Budget, jax.stages.Compiled] = {}
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    running = {
-      pool.submit(lower_step(config, model, budget, mesh).compile): budget
-      for budget in budgets
-    }
-    for future in concurrent.futures.as_completed(running):
-      compiled[running[future]] = future.result()
-      progress.update(len(compiled))
-      if preemption.requested():
-        pool.shutdown(wait=False, cancel_futures=True)
-        return None
+
+  def compile_step(budget: Budget) -> jax.stages.Compiled:
+    return lower_step(config, model, budget, mesh).compile()
+
+  jobs = {budget: functools.partial(compile_step, budget) for budget in budgets}
+  compiled = preemption.side_by_side(jobs, progress.update)
+  if compiled is None:
+    return None
   programs = {str(b): compiled[b] for b in budgets}
   distributed.together(lambda: memory.check_programs(programs))
   return compiled

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -259,6 +260,22 @@ def test_others_are_rebuilt(folder, walk, width, bound, monkeypatch):
     Checkpointer, "steps", lambda self: [s for s in steps(self) if s != sixth]
   )
   assert distance(load(folder, name)[1]["w"], direct) > bound
+
+
+@pytest.mark.parametrize("lost", [400 + BAD, LENGTH + BAD])
+def test_a_damaged_checkpoint_is_left_out(folder, walk, tmp_path, lost, caplog):
+  """One in the midst costs accuracy; without the newest the average is that before."""
+  broken = shutil.copytree(folder, tmp_path / "run")
+  for path in (broken / str(lost) / "state").glob("**/*"):
+    if path.is_file() and path.name not in ("_METADATA", "_sharding"):
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+  name = "power 0.07"
+  step, found = load(broken, name)
+  last = LENGTH if lost != LENGTH + BAD else LENGTH - EVERY
+  assert step == last + BAD
+  assert distance(found["w"], averaged(walk, (name,), last)[name]["w"]) < 0.02
+  assert any(f"{lost} is damaged" in record.getMessage() for record in caplog.records)
+  assert (broken / str(lost)).is_dir()  # who only reads moves nothing
 
 
 def test_one_snapshot_is_in_memory_at_a_time(folder, monkeypatch):
