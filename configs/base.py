@@ -74,7 +74,8 @@ def get_config() -> ConfigDict:
         "batch_size": 32,
         "steps": 40,  # ELIT, sec. 4: 40 Euler steps
         "solver": "euler",  # euler | heun | sde
-        "budget": "100%",
+        "budgets": ("100%",),
+        "classes": (),  # such as (207, 360), drawn in turn; (): all
         # Which average; "": the first of optim.ema. "power 0.07" is rebuilt from the
         # other power functions in all checkpoints kept, if it is not among them.
         "ema": "",

@@ -34,7 +34,6 @@ def get_config(arg: str = "XL/2") -> ConfigDict:
   config.train.batch_size = 256
   config.train.log_every = 100
   config.checkpoint.every = 10_000
-  config.sample.budget = "100%"
   if split == "plain":
     return config
   if backbone not in SPLITS[split]:

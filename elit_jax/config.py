@@ -8,7 +8,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -88,7 +88,8 @@ class SampleConfig:
   batch_size: int
   steps: int
   solver: str
-  budget: str
+  budgets: tuple[str, ...]
+  classes: tuple[int, ...]
   ema: str
   seed: int
 
@@ -200,7 +201,8 @@ def check(config: Config) -> None:
   model = build_model(config)
   check_mesh(config.mesh, model)
   budgets(config, model)
-  plan(config, model)
+  plans(config, model)
+  sampled_classes(config)
 
 
 def check_mesh(mesh: tuple[int, ...], model: spec.Model) -> None:
@@ -264,16 +266,7 @@ def build_model(config: Config) -> spec.Model:
 
 def budgets(config: Config, model: spec.Model) -> tuple[Budget, ...]:
   """The distinct training budgets, in the order of the config."""
-  for text in config.budgets:
-    if "," in text:
-      raise ConfigError(
-        f"config.budgets holds {text!r}: write several as {tuple(text.split(','))}"
-      )
-  found = tuple(spec.budget_for(model, config.data.shape, b) for b in config.budgets)
-  if not found:
-    raise ConfigError("config.budgets is empty: ('100%',) is the plain choice")
-  if len(set(found)) < len(found):
-    raise ConfigError(f"config.budgets {config.budgets} names a budget twice")
+  found = _distinct_budgets("budgets", config.budgets, config, model)
   weights = config.budget_weights
   if weights and not (
     len(weights) == len(found) and min(weights) >= 0 and 0 < sum(weights) < math.inf
@@ -282,6 +275,17 @@ def budgets(config: Config, model: spec.Model) -> tuple[Budget, ...]:
       f"config.budget_weights {weights} must be {len(found)} numbers of at least 0, "
       "one a budget, or ()"
     )
+  return found
+
+
+def _distinct_budgets(
+  leaf: str, texts: tuple[str, ...], config: Config, model: spec.Model
+) -> tuple[Budget, ...]:
+  found = tuple(spec.budget_for(model, config.data.shape, text) for text in texts)
+  if not found:
+    raise ConfigError(f"config.{leaf} is empty: ('100%',) is the plain choice")
+  if len(set(found)) < len(found):
+    raise ConfigError(f"config.{leaf} {texts} names a budget twice")
   return found
 
 
@@ -320,17 +324,42 @@ def check_guidance(found: Guidance, config: Config) -> None:
     )
 
 
-def plan(config: Config, model: spec.Model) -> Plan:
-  """The sampling plan of the config: one phase."""
-  budget = spec.budget_for(model, config.data.shape, config.sample.budget)
-  phase = Phase(config.sample.steps, budget, guidance(config, model))
-  if phase.guidance and (phase.guidance.label, phase.weak_budget) == ("same", budget):
+def plans(config: Config, model: spec.Model) -> tuple[Plan, ...]:
+  """The sampling plans of the config: one phase, for each of its budgets."""
+  texts, guide = config.sample.budgets, guidance(config, model)
+  return tuple(
+    plan(config.sample.steps, budget, guide)
+    for budget in _distinct_budgets("sample.budgets", texts, config, model)
+  )
+
+
+def plan(steps: int, budget: Budget, guide: Guidance | None) -> Plan:
+  """A plan of one phase; ConfigError if its guidance has nothing to guide with."""
+  phase = Phase(steps, budget, guide)
+  if guide and (guide.label, phase.weak_budget) == ("same", budget):
     raise ConfigError(
       f"config.guidance has the label 'same' and the budget {str(budget)!r} of the "
       "strong branch, so that it guides with itself: use the label 'null' or a smaller "
       "budget"
     )
   return (phase,)
+
+
+def sampled_classes(config: Config) -> tuple[int, ...]:
+  """The classes that samples are drawn of, in turn: all, unless the config says."""
+  return check_classes(config.sample.classes, config) or tuple(
+    range(config.model.classes)
+  )
+
+
+def check_classes(classes: Sequence[int], config: Config) -> tuple[int, ...]:
+  """The classes, if the model has them all; else ConfigError."""
+  for label in classes:
+    if not 0 <= label < config.model.classes:
+      raise ConfigError(
+        f"class {label} is asked for, and the model has 0 to {config.model.classes - 1}"
+      )
+  return tuple(classes)
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -391,8 +420,8 @@ def _build(kind: Any, value: Any, name: str) -> Any:
       raise ConfigError(
         f"{name} is {value!r}: it must be a tuple of {args[0].__name__}"
       )
-    if args[0] is str:  # a budget or a decay may be written as a number
-      value = [str(v) if _is_number(v) else v for v in value]
+    if args[0] is str:
+      value = _texts(value)
     return tuple(_build(args[0], v, f"{name}[{i}]") for i, v in enumerate(value))
   if kind is float and (_is_number(value) or value == "inf"):
     return float(value)
@@ -400,6 +429,18 @@ def _build(kind: Any, value: Any, name: str) -> Any:
     wanted = getattr(kind, "__name__", kind)
     raise ConfigError(f"{name} is {value!r}: it must be of type {wanted}")
   return value
+
+
+def _texts(values: Sequence[Any]) -> list[Any]:
+  """What a flag gives where texts are wanted: a budget or a decay may be a number, and
+  k1,k4 comes as one text.
+  """
+  texts = [str(v) if _is_number(v) else v for v in values]
+  return [
+    part.strip() if isinstance(v, str) else v
+    for v in texts
+    for part in (v.split(",") if isinstance(v, str) else [v])
+  ]
 
 
 def _is_number(value: Any) -> bool:

@@ -142,7 +142,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   shown: list[tuple[str, np.ndarray]] = []
 
   def take(row: Row, images: np.ndarray, labels: np.ndarray, ms: list[float]) -> None:
-    name = f"samples_{report.file_stem(row.name)}.npz"
+    name = f"samples_{files.stem(row.name)}.npz"
     files.save_samples(folder / name, images, labels)
     quality = judged.quality(images, labels) if judged else {}
     figures = figures_of(config, model, row, step) | {
@@ -306,7 +306,7 @@ def draw_row(
   """
   size = config.sample.batch_size
   labels = sample.balanced_labels(row.count, config.model.classes)
-  chunks = folder / report.file_stem(row.name)
+  chunks = folder / files.stem(row.name)
   firsts = range(0, row.count, size)
 
   def find() -> list[int]:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -93,6 +94,18 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
   return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
 
 
+def is_pixels(images: np.ndarray) -> bool:
+  """Whether samples (N, H, W, C) are pictures by their channels; else latents."""
+  return images.ndim == 4 and images.shape[-1] in (1, 3)
+
+
+def stem(name: str) -> str:
+  """A name as part of a file's: anything but letters, digits, `.`, `+` and `-` becomes
+  `_`, so that "CFG 2.0" is stored in `samples_CFG_2.0.npz`; `%` becomes `pc`.
+  """
+  return re.sub(r"[^A-Za-z0-9.+-]+", "_", name.replace("%", "pc")).strip("_")
+
+
 def save_samples(
   path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray
 ) -> None:
@@ -106,8 +119,7 @@ def save_samples(
     raise ConfigError(
       f"{len(images)} samples need as many labels, not shape {labels.shape}"
     )
-  is_pixels = images.ndim == 4 and images.shape[-1] in (1, 3)
-  values = to_uint8(images) if is_pixels else images.astype(np.float32)
+  values = to_uint8(images) if is_pixels(images) else images.astype(np.float32)
   with atomic(path) as partial:
     np.savez(partial, arr_0=values, arr_1=labels.astype(np.int64))
 

@@ -268,7 +268,7 @@ class Previews:
     self._labels = sample.balanced_labels(count, config.model.classes)
     fn = sample.sample_fn(
       model,
-      config_lib.plan(config, model),
+      config_lib.plans(config, model)[0],
       config.sample.solver,
       config.flow.path,
       config.data.shape,

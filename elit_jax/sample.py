@@ -3,9 +3,8 @@
 import dataclasses
 import functools
 import pathlib
-import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,11 +22,14 @@ from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 from elit_jax.sampling import sampler
+from elit_jax.sampling.cost import plan_cost
 from elit_jax.sampling.guidance import At, Cache, Predict
 from elit_jax.sampling.plan import Plan
 from elit_jax.sampling.steppers import stepper
 
 Params = dict[str, Any]
+SHOWN = 16  # samples of a budget in the picture, at most
+
 SampleFn = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -173,54 +175,118 @@ def as_trained(workdir: pathlib.Path, config: Config) -> Config:
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-  """`--mode=sample`: writes samples/<first index>.npz chunks; a rerun fills gaps.
+  """`--mode=sample`: samples/<budget>/<first index>.npz chunks; a rerun fills gaps.
 
   Chunks hold `arr_0` (uint8 NHWC for 1 or 3 channels, float32 otherwise), `arr_1` the
-  labels. A folder made with other settings is refused.
+  labels; samples/grid.png shows the first of every budget. A folder that was made with
+  other settings is refused.
   """
   distributed.check_shared(workdir)
   config = as_trained(workdir, config)
   model = config_lib.build_model(config)
-  plan = config_lib.plan(config, model)
+  plans = {str(p[0].budget): p for p in config_lib.plans(config, model)}
   mesh = config_lib.make_mesh(config, model)
   step, params = load_ema(workdir, config, mesh)
-  folder = workdir / "samples"
-  distributed.open_folder(folder)
-  settings = config_lib.to_json(config) | {"step": step}
+  folders = {name: workdir / "samples" / files.stem(name) for name in plans}
+  for folder in folders.values():
+    distributed.open_folder(folder)
   s = config.sample
+  labels = np.resize(np.array(config_lib.sampled_classes(config), np.int32), s.count)
 
-  def claim() -> list[int]:
-    files.claim(folder / "config.json", settings, SAMPLING_LEAVES)
+  def claim() -> list[tuple[str, int]]:
+    settings = config_lib.to_json(config) | {"step": step}
+    for folder in folders.values():
+      files.claim(folder / "config.json", settings, SAMPLING_LEAVES)
     firsts = range(0, s.count, s.batch_size)
-    return [first for first in firsts if not _whole(folder, first, s)]
+    return [
+      (name, first)
+      for name, folder in folders.items()
+      for first in firsts
+      if not _whole(folder, first, s)
+    ]
 
   missing = distributed.on_leader(claim)
-  labels = balanced_labels(s.count, config.model.classes)
-  if not missing:
-    logging.info("all %d samples are there: %s", s.count, folder)
-    return
-  logging.info("phase compile | sampling plan %s", plan)
-  start = time.monotonic()
-  fn = sample_fn(model, plan, s.solver, config.flow.path, config.data.shape)
-  job = functools.partial(compile_sampler, fn, model, s.batch_size, mesh)
-  compiled = preemption.side_by_side({"sampler": job}, lambda done: None)
-  if compiled is None:
+  wanted = {name: plans[name] for name, _ in missing}
+  draw = compile_plans(config, model, wanted, mesh)
+  if draw is None:
     logging.info("termination signal: leaving before the first sample")
     return
-  draw = compiled["sampler"]
-  logging.info("phase compile | done in %.1f s", time.monotonic() - start)
   progress = Progress("sample", len(missing), s.batch_size)
-  for done, first in enumerate(missing, 1):
+  for done, (name, first) in enumerate(missing, 1):
     if preemption.requested():
       logging.info("stopped by a signal after %d of %d chunks", done - 1, len(missing))
       return
     index = np.arange(first, min(first + s.batch_size, s.count))
-    images = draw(params, s.seed, index, labels[index])
+    images = draw[name](params, s.seed, index, labels[index])
     save = functools.partial(
-      files.save_samples, folder / f"{first:06d}.npz", images, labels[index]
+      files.save_samples, folders[name] / f"{first:06d}.npz", images, labels[index]
     )
     distributed.on_leader(save)
     progress.update(done)
+  distributed.on_leader(functools.partial(show, config, model, plans, workdir))
+
+
+def compile_plans(
+  config: Config, model: spec.Model, plans: Mapping[str, Plan], mesh: Mesh
+) -> dict[str, Callable[[Params, int, np.ndarray, np.ndarray], np.ndarray]] | None:
+  """The sampler of every plan, compiled side by side; None after a signal."""
+
+  def compile_one(plan: Plan) -> Callable:
+    fn = sample_fn(
+      model, plan, config.sample.solver, config.flow.path, config.data.shape
+    )
+    return compile_sampler(fn, model, config.sample.batch_size, mesh)
+
+  jobs = {name: functools.partial(compile_one, plan) for name, plan in plans.items()}
+  return preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
+
+
+def show(
+  config: Config, model: spec.Model, plans: Mapping[str, Plan], workdir: pathlib.Path
+) -> None:
+  """Draws samples/grid.png: a row a budget with its price, a column a label and seed.
+
+  Nothing is drawn of latents.
+  """
+  from elit_jax.eval import report  # matplotlib is slow to import
+
+  folder = workdir / "samples"
+  price = functools.partial(spec.flops, model, config.data.shape)
+  rows, labels = [], np.zeros(0, np.int64)
+  for name, plan in plans.items():
+    images, labels = _first(folder / files.stem(name), config.sample)
+    if not files.is_pixels(images):
+      logging.info("samples of %s in %s", images.shape[1:], folder)
+      return
+    cost = plan_cost(plan, stepper(config.sample.solver), price)
+    rows.append((f"{name}\n{cost.flops / 1e9:.3g} GFLOPs an image", images))
+  title = f"The same noise and label in each column, seed {config.sample.seed}"
+  report.grid_png(folder / "grid.png", rows, class_names(workdir, labels), title)
+  logging.info("samples in %s, the first of each budget in grid.png", folder)
+
+
+def _first(
+  folder: pathlib.Path, s: config_lib.SampleConfig
+) -> tuple[np.ndarray, np.ndarray]:
+  """The first samples of a folder and their labels, at most SHOWN."""
+  images, labels, count = [], [], min(SHOWN, s.count)
+  for first in range(0, count, s.batch_size):
+    with np.load(folder / f"{first:06d}.npz") as chunk:
+      images.append(chunk["arr_0"])
+      labels.append(chunk["arr_1"])
+  return np.concatenate(images)[:count], np.concatenate(labels)[:count]
+
+
+def class_names(workdir: pathlib.Path, labels: Iterable[int]) -> list[str]:
+  """Labels for people: the number, and the name where the run's data had names."""
+  path = workdir / "classes.json"
+  names = files.read_json(path)["names"] if path.exists() else ()
+  return [
+    f"{label} {names[label]}"
+    if label < len(names) and names[label] != str(label)
+    else str(label)
+    for label in map(int, labels)
+  ]
 
 
 def _whole(folder: pathlib.Path, first: int, s: config_lib.SampleConfig) -> bool:
@@ -242,7 +308,7 @@ SAMPLING_LEAVES = (
   "sample.batch_size",
   "sample.steps",
   "sample.solver",
-  "sample.budget",
+  "sample.classes",
   "sample.ema",
   "sample.seed",
   "guidance",

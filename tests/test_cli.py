@@ -12,6 +12,7 @@ import elastic
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from elit_jax import config as config_lib
 from elit_jax import evaluate, logs, train
@@ -267,7 +268,7 @@ def chunks(folder: pathlib.Path) -> dict[str, tuple[bytes, int]]:
 
 
 def test_sampling_fills_gaps_only(tiny_run, trained, workdir):
-  folder = workdir / "samples"
+  folder = workdir / "samples" / "k4"
   tiny_run("sample", workdir, TWO)
   whole = chunks(folder)
   assert list(whole) == ["000000.npz", "000008.npz", "000016.npz"]
@@ -306,11 +307,32 @@ def test_sampling_fills_gaps_only(tiny_run, trained, workdir):
     np.testing.assert_array_equal(chunk["arr_1"], [4, 5])
 
 
+def test_classes_and_budgets_side_by_side(tiny_run, workdir):
+  """Two budgets of two classes: chunks of each, and a picture of both."""
+  flags = ("--config.sample.classes=3,8", "--config.sample.budgets=1.0,k1")
+  tiny_run("sample", workdir, TWO, *flags, "--config.sample.count=10")
+  for name in ("k4", "k1"):
+    found = chunks(workdir / "samples" / name)
+    assert list(found) == ["000000.npz", "000008.npz"]
+    with np.load(workdir / "samples" / name / "000008.npz") as chunk:
+      assert chunk["arr_1"].tolist() == [3, 8]
+  with Image.open(workdir / "samples" / "grid.png") as picture:
+    assert picture.width > 8 * picture.height / 4  # ten columns, two rows
+  # Another budget comes beside those that are there.
+  before = chunks(workdir / "samples" / "k1")
+  tiny_run(
+    *("sample", workdir, TWO, flags[0], "--config.sample.count=10"),
+    "--config.sample.budgets=k1,k2",
+  )
+  assert chunks(workdir / "samples" / "k1") == before
+  assert list(chunks(workdir / "samples" / "k2")) == ["000000.npz", "000008.npz"]
+
+
 @pytest.mark.parametrize(
   ("flag", "named"),
   [
     ("--config.sample.seed=7", "sample.seed 0, now it is 7"),
-    ("--config.sample.budget=k1", "sample.budget '100%', now it is 'k1'"),
+    ("--config.sample.classes=3,1", "sample.classes [], now it is [3, 1]"),
     ("--config.sample.ema=0.995", "sample.ema '0.9', now it is '0.995'"),
     ("--config.guidance.scale=2", "guidance.scale 1.0, now it is 2.0"),
     ("--config.sample.batch_size=16", "sample.batch_size 8, now it is 16"),
@@ -323,13 +345,14 @@ def test_a_folder_of_other_samples_is_refused(run_main, workdir, flag, named):
   made["sample"]["batch_size"] = 8
   made["sample"]["steps"] = 2
   made["sample"]["ema"] = "0.9" if "ema" in flag else "0.995"  # the first, by its name
-  (workdir / "samples").mkdir()
-  files.write_json(workdir / "samples" / "config.json", made | {"step": 1})
-  before = (workdir / "samples" / "config.json").read_bytes()
+  settings = workdir / "samples" / "k4" / "config.json"
+  settings.parent.mkdir(parents=True)
+  files.write_json(settings, made | {"step": 1})
+  before = settings.read_bytes()
   with pytest.raises(ConfigError, match="move the folder away") as error:
     run_main(*TINY, TWO, "--mode=sample", f"--workdir={workdir}", flag)
   assert named in str(error.value)
-  assert (workdir / "samples" / "config.json").read_bytes() == before
+  assert settings.read_bytes() == before
 
 
 def test_a_checkpoint_of_another_model_is_refused(run_main, workdir):

@@ -188,10 +188,15 @@ CASES = {
   "latents do not divide": Case(describe(DIGITS, "budgets=n6"), ("'n6'", "4 groups")),
   "no budgets": Case(describe(DIGITS, "budgets=()"), ("budgets is empty", "100%")),
   "a budget twice": Case(describe(DIGITS, "budgets=('k4','25%')"), ("25%", "twice")),
-  "budgets with a comma": Case(describe(DIGITS, "budgets=k1,k4"), ("('k1', 'k4')",)),
+  "sampled twice": Case(
+    describe(DIGITS, "sample.budgets=1.0,k16"), ("sample.budgets", "twice")
+  ),
+  "class that is not there": Case(
+    describe(DIGITS, "sample.classes=3,10"), ("class 10", "0 to 9")
+  ),
   "budget of a plain model": Case(describe(BASE, "budgets=k4"), ("'k4'", "100%")),
   "budget of the flag": Case((DIGITS, DESCRIBE, "--budgets=k1,k99"), ("99", "are 16")),
-  "sample budget": Case(describe(DIGITS, "sample.budget=k77"), ("77", "are 16")),
+  "sample budget": Case(describe(DIGITS, "sample.budgets=k77"), ("77", "are 16")),
   "too few weights": Case(
     describe(DIGITS, "budget_weights=(1,2)"), ("(1.0, 2.0)", "5")
   ),

@@ -45,6 +45,7 @@ NEVER: dict[str, frozenset[str]] = {
   "describe": ENTRY_POINTS,
   "doctor": ENTRY_POINTS,
   "monitor": ENTRY_POINTS - {"sample"},
+  "pretrained": ENTRY_POINTS - {"sample"},
 }
 # Whoever has no row above. A new module that must see the models gets a row.
 NEVER_BY_DEFAULT = ENTRY_POINTS | {"models"}

@@ -82,7 +82,8 @@ KNOBS = {
   "sample.batch_size": Knob(16, "sampling"),
   "sample.steps": Knob(20, "sampling"),
   "sample.solver": Knob("heun", "sampling"),
-  "sample.budget": Knob("k1", "sampling", ELIT),
+  "sample.budgets": Knob(("k1",), "sampling", ELIT),
+  "sample.classes": Knob((3, 1), "sampling"),
   "sample.ema": Knob("0.99", "sampling evaluation training", AVERAGES),
   "sample.seed": Knob(1, "sampling"),
   "guidance.scale": Knob(2.0, "sampling"),
@@ -99,7 +100,7 @@ KNOBS = {
   "elit.head": Knob(2, "step sampling", ELIT),
   "elit.tail": Knob(2, "step sampling", ELIT),
   "elit.write_depth": Knob(2, "step sampling", ELIT),
-  "elit.sees": Knob("kept", "step sampling", ELIT | {"sample.budget": "k1"}),
+  "elit.sees": Knob("kept", "step sampling", ELIT | {"sample.budgets": ("k1",)}),
 }
 
 

@@ -161,7 +161,7 @@ def test_samples_are_the_same_on_every_mesh(mesh):
 def samples(mesh):
   config = make_config(mesh, **CASES["elit"], guidance={"scale": 2.0, "budget": "k1"})
   model, mesh = config_lib.build_model(config), on(mesh)
-  plan = config_lib.plan(config, model)
+  (plan,) = config_lib.plans(config, model)
   fn = sample.sample_fn(model, plan, "euler", "linear", config.data.shape)
   # A batch of 10 on eight devices is padded to 16.
   draw = sample.compile_sampler(fn, model, 10, mesh)

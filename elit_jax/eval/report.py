@@ -9,7 +9,6 @@ has no loss of its own: its `validation_loss` and errors are those of its strong
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,6 @@ _GUIDED_STYLES = (
 )
 
 
-def file_stem(name: str) -> str:
-  """A row's name as part of a file name: anything but letters, digits, `.`, `+` and
-  `-` becomes `_`, so that "cfg 2.0" is stored in `samples_cfg_2.0.npz`."""
-  return re.sub(r"[^A-Za-z0-9.+-]+", "_", name).strip("_")
-
-
 def row_caption(row: Mapping) -> str:
   """Three lines for the grid: the row's name, its latents, and what an image costs."""
   latents = row["latents_per_group"]
@@ -75,8 +68,9 @@ def grid_png(
   labels: Sequence[int | str],
   title: str = "The same noise and label in each column, one compute budget a row",
 ) -> None:
-  """Draw rows of (caption, images `(n, H, W, C)` in [-1, 1]) under n column labels.
+  """Draw rows of (caption, images `(n, H, W, C)`) under n column labels.
 
+  Images are uint8, or floats in [-1, 1].
   One channel is drawn in grey, -1 black; three as RGB. The first line of a caption is
   set in bold. ConfigError for other channel counts or rows of unequal shapes.
   """
@@ -87,7 +81,9 @@ def grid_png(
       f"a grid of {len(labels)} columns needs rows of one shape ({len(labels)}, H, W, "
       f"1 or 3), got {[np.shape(images) for _, images in rows]}"
     )
-  tiles = [to_uint8(images) for _, images in rows]
+  tiles = [
+    images if images.dtype == np.uint8 else to_uint8(images) for _, images in rows
+  ]
   zoom = math.ceil(96 / max(shape[1:3]))  # small images keep whole, sharp pixels
   height, width = shape[1] * zoom, shape[2] * zoom
   gap = max(4, width // 16)

@@ -59,7 +59,7 @@ def test_every_level_survives_the_conversion():
 
 
 def test_samples_have_the_layout_of_the_adm_suite(tmp_path):
-  path = tmp_path / "new" / f"samples_{report.file_stem('cfg 2.0')}.npz"
+  path = tmp_path / "new" / f"samples_{files.stem('cfg 2.0')}.npz"
   files.save_samples(path, images(5, 8, 8, 1), [3, 1, 4, 1, 5])
   assert path.name == "samples_cfg_2.0.npz"
   assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing half-written

@@ -1,0 +1,109 @@
+"""A trained model from Python: what it draws, what it costs, what it refuses."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import elit_jax
+from elit_jax import sample
+from elit_jax.budget import Budget
+from elit_jax.errors import ConfigError
+from elit_jax.sampling.plan import Guidance
+
+FLAGS = (
+  "--config=configs/digits.py",
+  "--config.train.steps=1",
+  "--config.train.batch_size=16",
+  "--config.train.preview_every=0",
+  "--config.budgets=k1,k4",
+  "--config.budget_weights=()",
+  "--config.sample.steps=2",
+  "--config.sample.count=3",
+  "--config.sample.batch_size=8",
+)
+
+
+@pytest.fixture(scope="module")
+def workdir(run_main, tmp_path_factory):
+  """A run of one step, and its samples of the classes 3, 8, 1."""
+  folder = tmp_path_factory.mktemp("pretrained") / "run"
+  run_main(*FLAGS, f"--workdir={folder}", "--mode=train")
+  run_main(
+    *(*FLAGS, f"--workdir={folder}", "--mode=sample"),
+    *("--config.sample.classes=3,8,1", "--config.sample.budgets=k1,k4"),
+  )
+  return folder
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+  return elit_jax.load(workdir)
+
+
+def test_it_draws_what_the_mode_draws(model, workdir):
+  for budget in ("k1", "k4"):
+    images = model.sample([3, 8, 1], budget)
+    with np.load(workdir / "samples" / budget / "000000.npz") as chunk:
+      np.testing.assert_array_equal(images, chunk["arr_0"])
+  assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
+  assert repr(model).startswith("SiT-digits/2 after 1 steps, 10 classes")
+  assert model.budgets == ("k1", "k4")
+  assert model.names == tuple(map(str, range(10)))
+
+
+def test_an_image_depends_on_its_place_seed_and_class_alone(model):
+  three = model.sample([3, 8, 1], "k4", seed=5)
+  np.testing.assert_array_equal(model.sample([3, 8], "k4", seed=5), three[:2])
+  assert not np.array_equal(model.sample([3, 8, 1], "k4", seed=6), three)
+
+
+def test_programs_are_kept(model, monkeypatch):
+  model.sample([1, 2], "k1")
+  monkeypatch.setattr(sample, "compile_sampler", lambda *_: pytest.fail("compiled"))
+  model.sample([2, 2], "k1", seed=3)
+
+
+def test_the_price_is_known_before(model):
+  plain = model.price("k4")
+  assert plain.evaluations == 2
+  assert model.price("k4", 2.0).flops == 2 * plain.flops
+  cheap = Guidance(2.0, "null", Budget(1))
+  assert model.price("k4", cheap).flops == plain.flops + model.price("k1").flops
+  assert model.price("k4", steps=7).evaluations == 7
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    ({"classes": []}, "give one class for each image"),
+    ({"classes": [10]}, "class 10 is asked for, and the model has 0 to 9"),
+    ({"classes": [-1]}, "class -1"),
+    ({"classes": [1], "budget": "k77"}, "77"),
+    ({"classes": [1], "budget": 5}, "5"),
+    ({"classes": [1], "guidance": 0.5}, "guidance scale 0.5 must be at least 1"),
+    ({"classes": [1], "seed": -1}, r"seed -1 must lie in \[0, 2\*\*32\)"),
+    ({"classes": [1], "solver": "rk9"}, "rk9"),
+    ({"classes": [1], "steps": -2}, "at least one step"),
+  ],
+)
+def test_what_it_cannot_do_is_a_sentence(model, monkeypatch, arguments, words):
+  monkeypatch.setattr(sample, "compile_sampler", lambda *_: pytest.fail("compiled"))
+  with pytest.raises(ConfigError, match=words):
+    model.sample(**arguments)
+
+
+def test_a_folder_without_a_run(tmp_path):
+  with pytest.raises(ConfigError, match="no run in .*gone: give the workdir"):
+    elit_jax.load(tmp_path / "gone")
+
+
+def test_the_package_imports_nothing_until_it_is_asked():
+  program = "import sys, elit_jax; print('jax' in sys.modules, elit_jax.load.__name__)"
+  end = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+  )
+  assert end.stdout == "False load\n", end.stderr
+  with pytest.raises(AttributeError, match="no attribute 'lode'"):
+    elit_jax.lode  # noqa: B018
