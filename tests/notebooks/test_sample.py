@@ -1,0 +1,45 @@
+"""The notebook runs from its first cell to its last, on a checkpoint of this machine."""
+
+import pathlib
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "notebooks" / "sample.ipynb"
+
+
+@pytest.fixture(scope="module")
+def workdir(run_main, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("notebook") / "run"
+  run_main(
+    "--config=configs/digits.py",
+    f"--workdir={folder}",
+    "--config.train.steps=1",
+    "--config.train.preview_every=0",
+    "--config.budgets=k1,k8",
+    "--config.budget_weights=()",
+    "--config.sample.steps=2",
+  )
+  return folder
+
+
+def test_it_runs_from_end_to_end(workdir, monkeypatch):
+  monkeypatch.setenv("ELIT_RUN", str(workdir))
+  notebook = nbformat.read(NOTEBOOK, 4)
+  # What the sliders call goes to a widget, which swallows errors: call it once more.
+  notebook.cells.append(nbformat.v4.new_code_cell("show('k1', 2.0, seed=1)"))
+  folder = {"metadata": {"path": str(NOTEBOOK.parent)}}
+  NotebookClient(notebook, timeout=240, resources=folder).execute()
+  said = [
+    output.data for cell in notebook.cells for output in cell.get("outputs", [])
+  ]
+  assert any("SiT-digits/2 after 1 steps" in d.get("text/plain", "") for d in said)
+  assert sum("image/png" in d for d in said) == 2  # all budgets, and the extra cell
+  assert any("application/vnd.jupyter.widget-view+json" in d for d in said)
+
+
+def test_it_is_kept_without_outputs():
+  cells = nbformat.read(NOTEBOOK, 4).cells
+  assert not any(cell.get("outputs") for cell in cells)
