@@ -5,46 +5,183 @@ images = model.sample(classes=[3, 8], budget="k1", guidance=2.0, seed=0)
 """
 
 import dataclasses
+import json
 import os
 import pathlib
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
+import safetensors.numpy
 from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import files, sample
+from elit_jax import files, sample, sharding, trees
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
-from elit_jax.models import spec
+from elit_jax.models import denoiser, spec
 from elit_jax.sampling.cost import PlanCost, plan_cost
 from elit_jax.sampling.plan import Guidance, Plan
 from elit_jax.sampling.steppers import stepper
 
+PARAMS, CONFIG, CARD = "params.safetensors", "model.json", "README.md"
+FILES = [PARAMS, CONFIG]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+NEWLINE = "\n"  # which an f-string of Python 3.11 cannot hold
 
-def load(folder: str | os.PathLike[str], ema: str = "") -> "Trained":
-  """The newest checkpoint of a workdir, on the devices of this machine.
 
-  ema: which average of weights, as `config.sample.ema`. Raises ConfigError if there is
-  no checkpoint, or none that can be read.
+def load(where: str | os.PathLike[str], ema: str = "") -> "Trained":
+  """A model on the devices of this machine: the newest checkpoint of a workdir, a
+  folder that `save` has made, or a repository of the Hugging Face hub ("owner/name").
+
+  ema: which average of weights of a workdir, as `config.sample.ema`. Raises ConfigError
+  if there is no model, or none that can be read.
   """
-  workdir = pathlib.Path(folder).expanduser()
-  saved = sample.trained_config(workdir)
+  folder = pathlib.Path(where).expanduser()
+  if not folder.exists() and HUB_ID.fullmatch(str(where)):
+    folder = pathlib.Path(_hub().snapshot_download(str(where), allow_patterns=FILES))
+  if (folder / PARAMS).is_file():
+    return _from_saved(folder)
+  saved = sample.trained_config(folder)
   if saved is None:
     raise ConfigError(
-      f"no run in {workdir}: give the workdir of a training, which holds config.json "
-      "and checkpoints/"
+      f"no run in {folder}: give the workdir of a training, which holds config.json "
+      "and checkpoints/, a folder of elit_jax.save, or OWNER/NAME of a hub repository"
     )
+  config, model, mesh = _prepared(saved, ema)
+  config = sample.as_trained(folder, config)
+  step, params = sample.load_ema(folder, config, mesh)
+  names = tuple(sample.class_names(folder, range(config.model.classes)))
+  return Trained(config, model, mesh, params, step, names)
+
+
+def _prepared(saved: Mapping[str, Any], ema: str) -> tuple[Config, spec.Model, Mesh]:
+  """A saved config, for all devices of this machine."""
   config = config_lib.resolve(saved)
   settings = dataclasses.replace(config.sample, ema=ema or config.sample.ema)
   config = dataclasses.replace(config, mesh=(-1, 1, 1), sample=settings)
-  config = sample.as_trained(workdir, config)
   model = config_lib.build_model(config)
-  mesh = config_lib.make_mesh(config, model)
-  step, params = sample.load_ema(workdir, config, mesh)
-  names = tuple(sample.class_names(workdir, range(config.model.classes)))
-  return Trained(config, model, mesh, params, step, names)
+  return config, model, config_lib.make_mesh(config, model)
+
+
+def _from_saved(folder: pathlib.Path) -> "Trained":
+  about = files.read_json(folder / CONFIG)
+  config, model, mesh = _prepared(about["config"], "")
+  target = sharding.place(mesh, denoiser.abstract_params(model))
+  try:
+    arrays = safetensors.numpy.load_file(folder / PARAMS)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise ConfigError(f"{folder / PARAMS} is damaged: {error}") from None
+  wanted = trees.by_path(target)
+  wrong = sorted(arrays.keys() ^ wanted.keys()) + [
+    name
+    for name in arrays.keys() & wanted.keys()
+    if arrays[name].shape != wanted[name].shape
+  ]
+  if wrong:
+    raise ConfigError(
+      f"{folder / PARAMS} does not fit its {CONFIG}: {', '.join(wrong[:5])}"
+    )
+  leaves = [
+    jax.device_put(arrays[name], leaf.sharding) for name, leaf in wanted.items()
+  ]
+  params = jax.tree.unflatten(jax.tree.structure(target), leaves)
+  return Trained(config, model, mesh, params, about["step"], tuple(about["classes"]))
+
+
+def save(model: "Trained", folder: str | os.PathLike[str], licence: str) -> None:
+  """Writes a model into a new folder, as the hub has it: arrays, config and a card.
+
+  licence: its name for the card, such as "cc-by-nc-4.0". ConfigError if the folder is
+  there already and not empty.
+  """
+  path = pathlib.Path(folder).expanduser()
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise ConfigError(f"{path} is there already: give a new folder")
+  if not licence:
+    raise ConfigError("licence is empty: name it for the card, such as 'apache-2.0'")
+  files.make_folder(path)
+  arrays = {
+    name: np.asarray(leaf) for name, leaf in trees.by_path(model.params).items()
+  }
+  with files.atomic(path / PARAMS) as partial:
+    safetensors.numpy.save_file(arrays, partial)
+  about = {"step": model.step, "classes": model.names}
+  about["config"] = config_lib.to_json(model.config)
+  files.write_json(path / CONFIG, about)
+  with files.atomic(path / CARD) as partial:
+    partial.write_text(card(model, licence), encoding="utf-8")
+
+
+def push(model: "Trained", repository: str, licence: str, **options: Any) -> None:
+  """Puts a model into a hub repository ("owner/name"), which is made if need be.
+
+  Needs the extra `hub` and a login. options: of `HfApi.create_repo`, such as
+  private=True.
+  """
+  if not HUB_ID.fullmatch(repository):
+    raise ConfigError(f"{repository!r} is no repository: it must be OWNER/NAME")
+  api = _hub().HfApi()
+  with tempfile.TemporaryDirectory() as folder:
+    save(model, pathlib.Path(folder) / "model", licence)
+    api.create_repo(repository, exist_ok=True, **options)
+    api.upload_folder(repo_id=repository, folder_path=f"{folder}/model")
+
+
+def _hub() -> Any:
+  try:
+    import huggingface_hub
+  except ImportError:
+    raise ConfigError(
+      'the hub needs huggingface_hub: pip install ".[hub]", or give a folder'
+    ) from None
+  return huggingface_hub
+
+
+def card(model: "Trained", licence: str) -> str:
+  """What the model is, what each of its budgets costs, and how to use it: Markdown."""
+  c = model.config
+  first, last = spec.seams(model.model)
+  blocks = [s.count if isinstance(s, spec.Blocks) else 0 for s in model.model.trunk]
+  split = "/".join(
+    str(sum(blocks[part]))
+    for part in (slice(first), slice(first, last), slice(last, None))
+  )
+  rows = [
+    f"| {b} | {price.evaluations} | {price.flops / 1e9:.4g} |"
+    for b in model.budgets
+    for price in [model.price(b)]
+  ]
+  config = json.dumps(config_lib.to_json(c), indent=2)
+  return f"""---
+license: {licence}
+library_name: elit_jax
+tags: [diffusion, elastic, jax]
+---
+# {c.model.preset}
+Blocks in head/core/tail: {split}. Samples of {c.data.shape}, {len(model.names)}
+classes, {model.step:,} training steps, average of weights {c.sample.ema}.
+
+| budget | evaluations an image | GFLOPs an image |
+| --- | --- | --- |
+{NEWLINE.join(rows)}
+
+{c.sample.steps} steps of {c.sample.solver}, without guidance.
+
+```python
+import elit_jax
+
+model = elit_jax.load("OWNER/NAME")
+images = model.sample(classes=[0, 1], budget="{model.budgets[0]}", guidance=1.5, seed=0)
+```
+
+```json
+{config}
+```
+"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)

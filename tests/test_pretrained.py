@@ -1,7 +1,9 @@
 """A trained model from Python: what it draws, what it costs, what it refuses."""
 
+import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -97,6 +99,60 @@ def test_what_it_cannot_do_is_a_sentence(model, monkeypatch, arguments, words):
 def test_a_folder_without_a_run(tmp_path):
   with pytest.raises(ConfigError, match="no run in .*gone: give the workdir"):
     elit_jax.load(tmp_path / "gone")
+
+
+def test_what_is_saved_draws_the_same(model, tmp_path):
+  elit_jax.save(model, tmp_path / "kept", licence="apache-2.0")
+  again = elit_jax.load(tmp_path / "kept")
+  np.testing.assert_array_equal(again.sample([3, 8], "k1"), model.sample([3, 8], "k1"))
+  assert repr(again) == repr(model) and again.names == model.names
+  card = (tmp_path / "kept" / "README.md").read_text()
+  gflops = f"{model.price('k1').flops / 1e9:.4g}"
+  assert "license: apache-2.0" in card and f"| k1 | 2 | {gflops} |" in card
+  assert "head/core/tail: 1/4/0" in card and '"window"' in card
+  with pytest.raises(ConfigError, match="is there already"):
+    elit_jax.save(model, tmp_path / "kept", licence="apache-2.0")
+
+
+@pytest.mark.parametrize("damage", ["cut", "another"])
+def test_what_is_saved_and_damaged_is_refused(model, tmp_path, damage):
+  elit_jax.save(model, tmp_path / "kept", licence="mit")
+  path = tmp_path / "kept" / "params.safetensors"
+  if damage == "cut":
+    path.write_bytes(path.read_bytes()[:5000])
+  else:
+    about = tmp_path / "kept" / "model.json"
+    about.write_text(about.read_text().replace('"classes": 10,', '"classes": 11,'))
+  with pytest.raises(ConfigError, match="is damaged" if damage == "cut" else "fit"):
+    elit_jax.load(tmp_path / "kept")
+
+
+def test_to_the_hub_and_back(model, tmp_path, monkeypatch):
+  """With a hub of our own making: what is pushed is what is pulled."""
+  hub = tmp_path / "hub"
+
+  class HfApi:
+    def create_repo(self, repository, exist_ok, private):
+      (hub / repository).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_folder(self, repo_id, folder_path):
+      shutil.copytree(folder_path, hub / repo_id, dirs_exist_ok=True)
+
+  fake = types.ModuleType("huggingface_hub")
+  fake.HfApi = HfApi
+  fake.snapshot_download = lambda name, allow_patterns: str(hub / name)
+  monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+  elit_jax.push(model, "me/digits", "mit", private=True)
+  again = elit_jax.load("me/digits")
+  np.testing.assert_array_equal(again.sample([1], "k1"), model.sample([1], "k1"))
+  with pytest.raises(ConfigError, match="must be OWNER/NAME"):
+    elit_jax.push(model, "digits", "mit")
+
+
+def test_no_hub_without_its_package(monkeypatch):
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  with pytest.raises(ConfigError, match=r"\.\[hub\]"):
+    elit_jax.load("nobody/nothing")
 
 
 def test_the_package_imports_nothing_until_it_is_asked():

@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, on a checkpoint of this machine."""
+"""The notebook runs from its first cell to its last, on a checkpoint made here."""
 
 import pathlib
 
@@ -32,9 +32,7 @@ def test_it_runs_from_end_to_end(workdir, monkeypatch):
   notebook.cells.append(nbformat.v4.new_code_cell("show('k1', 2.0, seed=1)"))
   folder = {"metadata": {"path": str(NOTEBOOK.parent)}}
   NotebookClient(notebook, timeout=240, resources=folder).execute()
-  said = [
-    output.data for cell in notebook.cells for output in cell.get("outputs", [])
-  ]
+  said = [output.data for cell in notebook.cells for output in cell.get("outputs", [])]
   assert any("SiT-digits/2 after 1 steps" in d.get("text/plain", "") for d in said)
   assert sum("image/png" in d for d in said) == 2  # all budgets, and the extra cell
   assert any("application/vnd.jupyter.widget-view+json" in d for d in said)
