@@ -38,7 +38,7 @@ def network(model: spec.Model, params: Params, budget: Budget) -> Predict:
     cache: Cache, x: jax.Array, at: At, cond: jax.Array
   ) -> tuple[Cache, jax.Array]:
     t_B = sampler.as_batch(at.t, x)
-    return cache, denoiser.apply(model, params, x, t_B, cond, budget).velocity
+    return cache, denoiser.apply(model, params, x, t_B, cond, budget).prediction
 
   return predict
 
@@ -64,6 +64,7 @@ def sample_fn(
       x,
       label_B,
       noise,
+      model.prediction,
     )
 
   return run
