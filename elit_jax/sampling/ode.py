@@ -44,7 +44,7 @@ _HEUN = Tableau((0.0, 1.0), ((), (1.0,), (1 / 2, 1 / 2)))
 
 # The fifth-order weights of Dormand and Prince (1980), on a fixed grid: their seventh
 # stage only estimates the error, by which dopri5 adapts its step.
-_RK5 = Tableau(
+DORMAND_PRINCE = Tableau(
   (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0),
   (
     (),
@@ -166,4 +166,4 @@ def runge_kutta(tableau: Tableau) -> Stepper:
   )
 
 
-RK5 = runge_kutta(_RK5)
+RK5 = runge_kutta(DORMAND_PRINCE)
