@@ -22,6 +22,7 @@ from elit_jax.budget import Budget, draw_budget
 from elit_jax.config import Config
 from elit_jax.data.pipeline import Loader
 from elit_jax.errors import ConfigError
+from elit_jax.flow.process import process
 from elit_jax.logs import Writer
 from elit_jax.models import denoiser, elastic, spec
 from elit_jax.sampling import cost
@@ -188,7 +189,7 @@ def samplers(bench: Bench, steps: int) -> dict[str, Case]:
       part="sample",
       budget=f"{full}, {name}",
       batch=bench.batch,
-      flops=cost.plan_cost(plan, stepper(solver), bench.flops).flops,
+      flops=cost.plan_cost(plan, stepper(solver), process(path), bench.flops).flops,
       run=functools.partial(draw, bench.params, bench.config.sample.seed, index, label),
       compile_seconds=time.perf_counter() - start,
     )

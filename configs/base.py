@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
       "budgets": ("100%",),
       "budget_weights": (),
       "flow": {
-        "path": "linear",  # linear | cosine
+        # linear | cosine | vp | ddpm (DiT's thousand steps, which its presets need)
+        "path": "linear",
         "time": "logit_normal",  # uniform | logit_normal
         "label_dropout": 0.1,  # share of labels replaced by the null label
       },
@@ -73,7 +74,10 @@ def get_config() -> ConfigDict:
         "count": 64,  # images
         "batch_size": 32,
         "steps": 40,  # ELIT, sec. 4: 40 Euler steps
-        "solver": "euler",  # euler | heun | sde
+        # euler | heun | rk5 (six evaluations a step) | sde FORM NORM | ddpm | ddim ETA;
+        # all but the name may be left out, see docs/maths.md. Their authors sample DiT
+        # with "ddpm", SiT with "sde sigma", both in 250 steps.
+        "solver": "euler",
         "budgets": ("100%",),
         "classes": (),  # such as (207, 360), drawn in turn; (): all
         # Which average; "": the first of optim.ema. "power 0.07" is rebuilt from the
@@ -87,6 +91,7 @@ def get_config() -> ConfigDict:
         "budget": "",  # of the weak branch; "": that of the strong one
         "low": 0.0,  # guided at times low <= t <= high, t = 1 is noise
         "high": 1.0,
+        "channels": "all",  # all | three: the first three alone, as DiT and SiT sample
       },
       "eval": {
         "draws": 16,  # noise draws for each held-out image

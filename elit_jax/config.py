@@ -18,6 +18,8 @@ from elit_jax import ema, files, sharding
 from elit_jax.budget import Budget
 from elit_jax.data import sources
 from elit_jax.errors import ConfigError, lookup, nearest
+from elit_jax.flow.matching import FlowMatching, Null
+from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
 from elit_jax.flow.times import time_sampler
 from elit_jax.models import elastic, presets, spec, stages
@@ -101,6 +103,7 @@ class GuidanceConfig:
   budget: str
   low: float
   high: float
+  channels: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +206,8 @@ def check(config: Config) -> None:
   budgets(config, model)
   plans(config, model)
   sampled_classes(config)
+  objective(config, model, lambda label: label)
+  check_solver(config, model)
 
 
 def check_mesh(mesh: tuple[int, ...], model: spec.Model) -> None:
@@ -303,16 +308,36 @@ def profiled_steps(config: Config) -> range:
   return range(int(first), int(last))
 
 
+def objective(config: Config, model: spec.Model, null: Null) -> FlowMatching:
+  """What the model is trained with; `null` turns labels into the null label."""
+  flow, learns = config.flow, spec.learns_variance(model)
+  return make_objective(
+    flow.path, flow.time, flow.label_dropout, null, model.prediction, learns
+  )
+
+
+def check_solver(config: Config, model: spec.Model) -> None:
+  """Raises ConfigError if the solver cannot sample this path in so many steps."""
+  path, solver = process(config.flow.path), stepper(config.sample.solver)
+  times = solver.times(path, config.sample.steps)
+  solver.coefficients(path, model.prediction, times)
+
+
 def guidance(config: Config, model: spec.Model) -> Guidance | None:
   """The guidance of the config, None where its scale is 1."""
   g = config.guidance
   budget = spec.budget_for(model, config.data.shape, g.budget) if g.budget else None
   label = typing.cast(typing.Literal["null", "same"], g.label)
-  found = Guidance(g.scale, label, budget, g.low, g.high)
+  found = Guidance(g.scale, label, budget, g.low, g.high, guided_channels(config))
   if found.scale == 1:
     return None
   check_guidance(found, config)
   return found
+
+
+def guided_channels(config: Config) -> typing.Literal["all", "three"]:
+  """Which channels are guided; `Guidance` refuses what is neither."""
+  return typing.cast(typing.Literal["all", "three"], config.guidance.channels)
 
 
 def check_guidance(found: Guidance, config: Config) -> None:

@@ -1,11 +1,13 @@
 """`--mode=eval`: what each budget costs and gives, as a report in <workdir>/report."""
 
+import dataclasses
 import functools
 import os
 import pathlib
 import shutil
 import statistics
 import time
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +26,7 @@ from elit_jax.data.sources import Source
 from elit_jax.errors import ConfigError
 from elit_jax.eval import digits, report
 from elit_jax.eval.metrics import clustered_mean, paired_difference, paired_tests
-from elit_jax.flow.matching import FlowMatching, velocity_loss
 from elit_jax.flow.process import process
-from elit_jax.flow.times import time_sampler
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 from elit_jax.sampling.cost import plan_cost
@@ -91,10 +91,12 @@ def rows_of(config: Config, model: spec.Model) -> list[Row]:
   ]
   if e.guidance_scale == 1:
     return rows
-  guidances = {"CFG": Guidance(e.guidance_scale)}
+  channels = typing.cast(typing.Literal["all", "three"], config.guidance.channels)
+  guide = functools.partial(Guidance, e.guidance_scale, channels=channels)
+  guidances = {"CFG": guide()}
   if small != full:
-    guidances["CCFG"] = Guidance(e.guidance_scale, "null", small)
-    guidances["AutoG"] = Guidance(e.guidance_scale, "same", small)
+    guidances["CCFG"] = guide("null", small)
+    guidances["AutoG"] = guide("same", small)
   if config.flow.label_dropout == 0:
     logging.info("no guidance by the null label: trained with label_dropout 0")
     guidances = {n: g for n, g in guidances.items() if g.label == "same"}
@@ -232,8 +234,9 @@ def compile_loss(
   (eval.seed, draw, image): the same at every budget.
   """
   size = sharding.round_up(config.train.batch_size, mesh)
-  flow = FlowMatching(
-    process(config.flow.path), time_sampler(config.flow.time), 0.0, lambda label: label
+  undropped = dataclasses.replace(config.flow, label_dropout=0.0)
+  flow = config_lib.objective(
+    dataclasses.replace(config, flow=undropped), model, lambda label: label
   )
 
   def loss(params: Any, batch: dict[str, jax.Array], draws_R: jax.Array) -> jax.Array:
@@ -243,7 +246,7 @@ def compile_loss(
     def one(draw: jax.Array) -> jax.Array:
       key = jax.random.fold_in(jax.random.key(config.eval.seed), draw)
       t_B, noise, label_B = flow.draw(key, batch)
-      return velocity_loss(network, flow.path, batch["image"], noise, t_B, label_B)[0]
+      return flow.loss(network, flow.path, batch["image"], noise, t_B, label_B)[0]
 
     return jax.lax.map(one, draws_R).T
 
@@ -348,7 +351,7 @@ def figures_of(
   shape, budget = config.data.shape, row.phase.budget
   price = functools.partial(spec.flops, model, shape)
   solver = stepper(config.sample.solver)
-  cost = plan_cost(row.plan, solver, price)
+  cost = plan_cost(row.plan, solver, process(config.flow.path), price)
   read = spec.find(model, spec.Read)
   counts = denoiser.parameter_counts(model, shape)
   fixed = counts.pop("position_table")

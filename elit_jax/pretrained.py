@@ -22,6 +22,7 @@ from elit_jax import config as config_lib
 from elit_jax import files, sample, sharding, trees
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
+from elit_jax.flow.process import process
 from elit_jax.models import denoiser, spec
 from elit_jax.sampling.cost import PlanCost, plan_cost
 from elit_jax.sampling.plan import Guidance, Plan
@@ -249,9 +250,13 @@ class Trained:
   ) -> PlanCost:
     """Network evaluations and FLOPs of one image, before it is drawn."""
     plan = self.plan(budget, guidance, steps)
-    solve = stepper(solver or self.config.sample.solver)
-    shape = self.config.data.shape
-    return plan_cost(plan, solve, lambda b: spec.flops(self.model, shape, b))
+    c, model = self.config, self.model
+    return plan_cost(
+      plan,
+      stepper(solver or c.sample.solver),
+      process(c.flow.path),
+      lambda b: spec.flops(model, c.data.shape, b),
+    )
 
   def plan(
     self,
@@ -261,11 +266,15 @@ class Trained:
   ) -> Plan:
     """What `sample` will do; raises ConfigError."""
     parsed = spec.budget_for(self.model, self.config.data.shape, budget)
-    guide = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
+    guide = guidance
+    if not isinstance(guide, Guidance):
+      channels = config_lib.guided_channels(self.config)
+      guide = Guidance(float(guide), channels=channels)
+    count = self.config.sample.steps if steps is None else steps
     if guide.scale == 1:
-      return config_lib.plan(steps or self.config.sample.steps, parsed, None)
+      return config_lib.plan(count, parsed, None)
     config_lib.check_guidance(guide, self.config)
-    return config_lib.plan(steps or self.config.sample.steps, parsed, guide)
+    return config_lib.plan(count, parsed, guide)
 
   def _program(self, plan: Plan, solver: str, count: int) -> Any:
     key = (plan, solver, count)

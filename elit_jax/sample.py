@@ -40,7 +40,7 @@ def network(model: spec.Model, params: Params, budget: Budget) -> Predict:
     cache: Cache, x: jax.Array, at: At, cond: jax.Array
   ) -> tuple[Cache, jax.Array]:
     t_B = sampler.as_batch(at.t, x)
-    return cache, denoiser.apply(model, params, x, t_B, cond, budget).velocity
+    return cache, denoiser.apply(model, params, x, t_B, cond, budget).prediction
 
   return predict
 
@@ -66,6 +66,7 @@ def sample_fn(
       x,
       label_B,
       noise,
+      model.prediction,
     )
 
   return run
@@ -258,7 +259,9 @@ def show(
     if not files.is_pixels(images):
       logging.info("samples of %s in %s", images.shape[1:], folder)
       return
-    cost = plan_cost(plan, stepper(config.sample.solver), price)
+    cost = plan_cost(
+      plan, stepper(config.sample.solver), process(config.flow.path), price
+    )
     rows.append((f"{name}\n{cost.flops / 1e9:.3g} GFLOPs an image", images))
   title = f"The same noise and label in each column, seed {config.sample.seed}"
   report.grid_png(folder / "grid.png", rows, class_names(workdir, labels), title)

@@ -31,9 +31,6 @@ from elit_jax.config import Config
 from elit_jax.data.pipeline import Loader
 from elit_jax.data.sources import Source, make_source
 from elit_jax.errors import ConfigError
-from elit_jax.flow.matching import FlowMatching
-from elit_jax.flow.process import process
-from elit_jax.flow.times import time_sampler
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 
@@ -253,19 +250,15 @@ def train_step(
   A step whose gradient is not finite changes nothing but the counters: parameters,
   moments, EMA and the schedule's count stay, while step, data and keys move on.
   """
-  objective = FlowMatching(
-    path=process(config.flow.path),
-    time=time_sampler(config.flow.time),
-    label_dropout=config.flow.label_dropout,
-    null=functools.partial(denoiser.null_labels, model),
-  )
+  null = functools.partial(denoiser.null_labels, model)
+  objective = config_lib.objective(config, model, null)
   key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
 
   def loss_fn(params: Any, micro: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-    def velocity(x: jax.Array, t_B: jax.Array, label_B: jax.Array) -> denoiser.Output:
+    def network(x: jax.Array, t_B: jax.Array, label_B: jax.Array) -> denoiser.Output:
       return denoiser.apply(model, params, x, t_B, label_B, budget)
 
-    return objective(velocity, key, dict(micro))
+    return objective(network, key, dict(micro))
 
   grads, metrics = accumulate(
     loss_fn, state["params"], batch, config.train.accumulation

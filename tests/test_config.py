@@ -227,7 +227,7 @@ def test_what_changes_the_model_is_a_difference():
 
   assert config_lib.model_differences(old, old) == []
   for leaf, value in {
-    "model.preset": "DiT-digits/2",
+    "model.preset": "OriginalSiT-digits/2",
     "model.classes": 11,
     "model.qk_norm": True,
     "elit.head": 2,

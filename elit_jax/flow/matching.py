@@ -1,4 +1,4 @@
-"""Flow matching: regress the velocity at random times, for one budget a step."""
+"""Flow matching: regress the velocity (or noise) at random times, one budget a step."""
 
 import functools
 from collections.abc import Callable
@@ -12,19 +12,50 @@ from elit_jax.flow.process import Process, corrupt
 from elit_jax.flow.times import TimeSampler
 
 Batch = dict[str, jax.Array]
+Null = Callable[[jax.Array], jax.Array]
 
 
-class Velocity(Protocol):
-  """The network: (x, t, label) to (velocity, REPA projections)."""
+class Network(Protocol):
+  """The network: (x, t, label) to (prediction, REPA projections)."""
 
   def __call__(
     self, x: jax.Array, t_B: jax.Array, label_B: jax.Array, /
   ) -> tuple[jax.Array, tuple[jax.Array, ...]]: ...
 
 
+class SampleLoss(Protocol):
+  """Loss of each sample (B,) of a batch at given times and noise, and the taps."""
+
+  def __call__(
+    self,
+    network: Network,
+    path: Process,
+    x_0: jax.Array,
+    noise: jax.Array,
+    t_B: jax.Array,
+    label_B: jax.Array,
+    /,
+  ) -> tuple[jax.Array, Any]: ...
+
+
+def velocity_loss(
+  network: Network,
+  path: Process,
+  x_0: jax.Array,
+  noise: jax.Array,
+  t_B: jax.Array,
+  label_B: jax.Array,
+) -> tuple[jax.Array, Any]:
+  """Squared error of the velocity, averaged over each sample (B,), and the taps."""
+  x_t, target = corrupt(path, x_0, noise, t_B)
+  velocity, taps = network(x_t, t_B, label_B)
+  error = jnp.square(velocity.astype(jnp.float32) - target)
+  return error.mean(range(1, error.ndim)), taps
+
+
 @dataclass(frozen=True)
 class FlowMatching:
-  """The objective: path, distribution of times, label dropout, weight of REPA.
+  """The objective: path, distribution of times, label dropout, weight of REPA, loss.
 
   null: turns labels into those of the unconditional network.
   """
@@ -32,8 +63,9 @@ class FlowMatching:
   path: Process
   time: TimeSampler
   label_dropout: float
-  null: Callable[[jax.Array], jax.Array]
+  null: Null
   repa_weight: float = 0.0
+  loss: SampleLoss = velocity_loss
 
   def draw(self, key: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
     """Time (B,), noise and label (B,) of every example of a batch.
@@ -51,13 +83,13 @@ class FlowMatching:
     return time_B, noise, label_B
 
   def __call__(
-    self, network: Velocity, key: jax.Array, batch: Batch
+    self, network: Network, key: jax.Array, batch: Batch
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean loss of a batch and its metrics; the batch may hold REPA targets
     `repa_0`, `repa_1`, ... (B, N, E), one for each projection of the network.
     """
     time_B, noise, label_B = self.draw(key, batch)
-    per_sample_B, taps = velocity_loss(
+    per_sample_B, taps = self.loss(
       network, self.path, batch["image"], noise, time_B, label_B
     )
     loss = per_sample_B.mean()
@@ -67,21 +99,6 @@ class FlowMatching:
       metrics["repa"] = alignment_loss(taps, targets)
       loss = loss + self.repa_weight * metrics["repa"]
     return loss, metrics
-
-
-def velocity_loss(
-  network: Velocity,
-  path: Process,
-  x_0: jax.Array,
-  noise: jax.Array,
-  t_B: jax.Array,
-  label_B: jax.Array,
-) -> tuple[jax.Array, Any]:
-  """Squared error of the velocity, averaged over each sample (B,), and the taps."""
-  x_t, target = corrupt(path, x_0, noise, t_B)
-  velocity, taps = network(x_t, t_B, label_B)
-  error = jnp.square(velocity.astype(jnp.float32) - target)
-  return error.mean(range(1, error.ndim)), taps
 
 
 def alignment_loss(taps: tuple[jax.Array, ...], targets: list[jax.Array]) -> jax.Array:

@@ -2,22 +2,30 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elit_jax.errors import lookup
+from elit_jax.errors import ConfigError, lookup
 
 Coefficient = Callable[[Any, Any], Any]
+Prediction = Literal["velocity", "noise", "data", "score"]
+
+
+def _itself(xp: Any, u: Any) -> Any:
+  del xp
+  return u
 
 
 class Process(NamedTuple):
-  """alpha(t), sigma(t), their derivatives, and the time of a standard normal draw.
+  """alpha(t), sigma(t), their derivatives, and what times there are.
 
   Every function takes the array library (jnp or np) first, so the training step uses
-  it on the device and the samplers use it in float64 on the host.
+  it on the device and the samplers use it in float64 on the host. logit_normal and
+  uniform turn draws from N(0, 1) and U(0, 1) into times to train on. span: the times of
+  pure noise and of clean data. steps: how many times i / steps there are; 0: all.
   """
 
   alpha: Coefficient
@@ -25,6 +33,66 @@ class Process(NamedTuple):
   d_alpha: Coefficient
   d_sigma: Coefficient
   logit_normal: Coefficient
+  uniform: Coefficient = _itself
+  span: tuple[float, float] = (1.0, 0.0)
+  steps: int = 0
+
+
+def _variance_preserving(log_alpha: Coefficient, slope: Coefficient) -> dict[str, Any]:
+  """A path with alpha^2 + sigma^2 = 1; slope = d log alpha / dt."""
+
+  def alpha(xp: Any, t: Any) -> Any:
+    return xp.exp(log_alpha(xp, t))
+
+  def sigma(xp: Any, t: Any) -> Any:
+    return xp.sqrt(-xp.expm1(2 * log_alpha(xp, t)))
+
+  return {
+    "alpha": alpha,
+    "sigma": sigma,
+    "d_alpha": lambda xp, t: alpha(xp, t) * slope(xp, t),
+    "d_sigma": lambda xp, t: -(alpha(xp, t) ** 2) * slope(xp, t) / sigma(xp, t),
+  }
+
+
+# --- the path of score-based models (SiT's "VP"), beta from 0.1 to 20 -----------------
+
+VP_FIRST = 1e-5  # of the times to train on: at 0 the velocity has no bound
+
+
+def _vp_logit_normal(xp: Any, n: Any) -> Any:
+  """The time whose -log alpha = 4.975 t^2 + 0.05 t is log(1 + e^2n) / 2."""
+  minus_log_alpha = xp.logaddexp(0.0, 2 * n) / 2
+  t = (xp.sqrt(0.05**2 + 4 * 4.975 * minus_log_alpha) - 0.05) / (2 * 4.975)
+  return xp.clip(t, VP_FIRST, 1)
+
+
+# --- DDPM's thousand steps ------------------------------------------------------------
+
+DDPM_BETAS = np.linspace(1e-4, 0.02, 1000)
+# log alpha at the indices -1 (clean data), 0, ..., 999.
+_LOG_ALPHA = np.append(0.0, np.cumsum(np.log1p(-DDPM_BETAS)) / 2)
+
+
+def _ddpm_log_alpha(xp: Any, t: Any) -> Any:
+  """Exact at the times i / 1000, linear between them (DPM-Solver, appendix D)."""
+  return xp.interp(t * 1000 + 1, _as(xp, np.arange(1001.0)), _as(xp, _LOG_ALPHA))
+
+
+def _ddpm_slope(xp: Any, t: Any) -> Any:
+  """At an index itself, the slope of the piece on the side of the data."""
+  piece = xp.clip(xp.ceil(t * 1000 - 1e-3), 0, 999).astype("int32")
+  return _as(xp, np.diff(_LOG_ALPHA) * 1000)[piece]
+
+
+def _as(xp: Any, table: np.ndarray) -> Any:
+  return table if xp is np else jnp.asarray(table, jnp.float32)
+
+
+def _ddpm_logit_normal(xp: Any, n: Any) -> Any:
+  minus_log_alpha = xp.logaddexp(0.0, 2 * n) / 2
+  index = xp.interp(minus_log_alpha, _as(xp, -_LOG_ALPHA), _as(xp, np.arange(1001.0)))
+  return xp.clip(xp.round(index - 1), 0, 999) / 1000
 
 
 # SiT, eq. 5 ff. A logit-normal draw n is the time at which log(sigma / alpha) = n.
@@ -42,6 +110,22 @@ PROCESSES = {
     d_alpha=lambda xp, t: -(math.pi / 2) * xp.sin(t * (math.pi / 2)),
     d_sigma=lambda xp, t: (math.pi / 2) * xp.cos(t * (math.pi / 2)),
     logit_normal=lambda xp, n: xp.arctan(xp.exp(n)) * (2 / math.pi),
+  ),
+  "vp": Process(
+    **_variance_preserving(
+      log_alpha=lambda xp, t: -0.25 * t**2 * (20 - 0.1) - 0.5 * t * 0.1,
+      slope=lambda xp, t: -0.5 * t * (20 - 0.1) - 0.5 * 0.1,
+    ),
+    logit_normal=_vp_logit_normal,
+    uniform=lambda xp, u: VP_FIRST + (1 - VP_FIRST) * u,
+  ),
+  # DDPM, sec. 4, and DiT: index i is the time i / 1000, and clean data one index below.
+  "ddpm": Process(
+    **_variance_preserving(_ddpm_log_alpha, _ddpm_slope),
+    logit_normal=_ddpm_logit_normal,
+    uniform=lambda xp, u: xp.floor(u * 1000) / 1000,
+    span=(0.999, -0.001),
+    steps=1000,
   ),
 }
 
@@ -61,10 +145,75 @@ def corrupt(
   return x_t, velocity
 
 
-def score_coefficients(path: Process, t_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(a, b) in float64 with score = a velocity + b x (SiT, eq. 9)."""
-  t = np.asarray(t_S, np.float64)
-  ratio = path.alpha(np, t) / path.d_alpha(np, t)
-  sigma = path.sigma(np, t)
-  var = sigma**2 - ratio * path.d_sigma(np, t) * sigma
-  return ratio / var, -1 / var
+def _as_score(path: Process, t: np.ndarray) -> tuple[Any, Any]:
+  with np.errstate(divide="ignore"):
+    return 0.0, -1 / path.sigma(np, t)
+
+
+# What a network may predict, as a x_0 + b noise: (a, b) at times t.
+PREDICTIONS: dict[Prediction, Callable[[Process, np.ndarray], tuple[Any, Any]]] = {
+  "velocity": lambda path, t: (path.d_alpha(np, t), path.d_sigma(np, t)),
+  "noise": lambda path, t: (0.0, 1.0),
+  "data": lambda path, t: (1.0, 0.0),
+  "score": _as_score,
+}
+
+
+class Conversion(NamedTuple):
+  """One prediction from another: `prediction` times it plus `x` times x_t, float64."""
+
+  prediction: np.ndarray
+  x: np.ndarray
+
+
+def convert(
+  path: Process, given: Prediction, wanted: Prediction, t: np.ndarray
+) -> Conversion:
+  """How `wanted` follows from a network that predicts `given`, at times of any shape.
+
+  ConfigError where it does not follow: noise that hides all data says nothing of it.
+  """
+  t = np.asarray(t, np.float64)
+  if given == wanted:
+    return Conversion(np.ones_like(t), np.zeros_like(t))
+  alpha, sigma = path.alpha(np, t), path.sigma(np, t)
+  with np.errstate(divide="ignore", invalid="ignore"):
+    (a, b), (c, d) = PREDICTIONS[given](path, t), PREDICTIONS[wanted](path, t)
+    determinant = a * sigma - b * alpha
+    found = Conversion(
+      (c * sigma - d * alpha) / determinant, (a * d - b * c) / determinant
+    )
+  lost = np.abs(determinant) < 1e-9
+  lost |= ~np.isfinite(found.prediction) | ~np.isfinite(found.x)
+  if lost.any():
+    raise ConfigError(
+      f"a network that predicts {given} tells no {wanted} at t = {t[lost].max():g} of "
+      "this path: use the path 'ddpm' or 'vp', another solver, or a network that "
+      "predicts velocity"
+    )
+  return found
+
+
+class Posterior(NamedTuple):
+  """q(x_s | x_t, x_0) for s < t: its mean is x x_t + data x_0, its variance `small`.
+
+  large: the variance of x_t given x_s, DDPM's other choice (beta). All float64.
+  """
+
+  x: np.ndarray
+  data: np.ndarray
+  small: np.ndarray
+  large: np.ndarray
+
+
+def posterior(path: Process, t: np.ndarray, s: np.ndarray) -> Posterior:
+  """DDPM, eq. 6 f., for any path (Variational Diffusion Models, appendix A)."""
+  var_t, var_s = path.sigma(np, t) ** 2, path.sigma(np, s) ** 2
+  kept = path.alpha(np, t) / path.alpha(np, s)
+  large = var_t - kept**2 * var_s
+  return Posterior(
+    x=kept * var_s / var_t,
+    data=path.alpha(np, s) * large / var_t,
+    small=large * var_s / var_t,
+    large=large,
+  )

@@ -12,9 +12,8 @@ TimeSampler = Callable[[Process, jax.Array], jax.Array]
 
 
 def uniform(path: Process, key: jax.Array) -> jax.Array:
-  """A time from U(0, 1)."""
-  del path
-  return jax.random.uniform(key)
+  """A time from U(0, 1), or any of the path's times alike where they are counted."""
+  return path.uniform(jnp, jax.random.uniform(key))
 
 
 def logit_normal(path: Process, key: jax.Array) -> jax.Array:

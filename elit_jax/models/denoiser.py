@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from elit_jax.budget import Budget
-from elit_jax.models.spec import Blocks, Model, grid_of, names, seams
+from elit_jax.models.spec import (
+  Blocks,
+  Model,
+  grid_of,
+  learns_variance,
+  names,
+  seams,
+)
 from elit_jax.models.stages import Params, Stream, fold, init_stage, run_stage
 from elit_jax.nn import embed as nn_embed
 from elit_jax.nn.partition import split_batch
@@ -15,10 +22,17 @@ from elit_jax.nn.position import sincos_table
 
 
 class Output(NamedTuple):
-  """Velocity (B, *space, C), in our clock (t = 1 is noise), and REPA projections."""
+  """What the model predicts (B, *space, C), in our clock (t = 1 is noise), followed by
+  C channels of its variance where it learns one; and REPA projections.
+  """
 
-  velocity: jax.Array
+  prediction: jax.Array
   taps: tuple[jax.Array, ...]
+
+  @property
+  def velocity(self) -> jax.Array:
+    """The same under the name that it has where a model predicts velocity."""
+    return self.prediction
 
 
 def _parts(model: Model) -> dict:
@@ -94,12 +108,15 @@ def tail(model: Model, params: Params, stream: Stream, budget: Budget) -> Stream
 
 
 def unembed(model: Model, params: Params, stream: Stream) -> Output:
-  """Tokens back to a sample; channels of a learned variance are set aside."""
+  """Tokens back to a prediction; channels without a use are set aside."""
   part = _parts(model)["unembed"]
   patches_BNP = part.apply({"params": params["unembed"]}, stream.x, stream.c)
   out = nn_embed.unpatchify(patches_BNP, stream.grid, model.patch)
-  velocity = split_batch(out[..., : model.channels])
-  return Output(velocity if model.time.noise_at == 1 else -velocity, stream.taps)
+  if not learns_variance(model):
+    out = out[..., : model.channels]
+  out = split_batch(out)
+  mirrored = model.prediction == "velocity" and model.time.noise_at == 0
+  return Output(-out if mirrored else out, stream.taps)
 
 
 def apply(
@@ -110,7 +127,7 @@ def apply(
   label_B: jax.Array,
   budget: Budget = Budget(),
 ) -> Output:
-  """Velocity at (x, t, label) under a budget.
+  """Prediction at (x, t, label) under a budget.
 
   x (B, *space, C), t (B,) in [0, 1] with 1 = noise, label (B,) with `classes` = null.
   """

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from elit_jax.errors import ConfigError, nearest
-from elit_jax.models.spec import Blocks, Grid, Model
+from elit_jax.models.spec import Blocks, Grid, Model, Prediction, Time
 
 
 class Size(NamedTuple):
@@ -25,8 +25,25 @@ SIZES = {
   "digits": Size(5, 128, 4),
   "tiny": Size(4, 32, 2),
 }
-# SiT predicts velocity; DiT's networks have a second half of learned variances.
-FAMILIES = {"SiT": 1, "DiT": 2}
+
+
+class Family(NamedTuple):
+  """What networks of equal sizes differ in: their outputs, as multiples of a sample's
+  channels, what these are, and the clock.
+  """
+
+  outputs: int
+  prediction: Prediction
+  time: Time
+
+
+OURS = Time()
+FAMILIES = {
+  "SiT": Family(1, "velocity", OURS),  # as REPA and ELIT have it
+  # As its authors have it: data at t = 1, and a second half of outputs without a use.
+  "OriginalSiT": Family(2, "velocity", Time(noise_at=0)),
+  "DiT": Family(2, "noise", Time(scale=1000.0)),  # the second half: learned variance
+}
 
 
 def dit(
@@ -38,6 +55,8 @@ def dit(
   classes: int = 1000,
   mlp_ratio: float = 4.0,
   qk_norm: bool = False,
+  prediction: Prediction = "velocity",
+  time: Time = OURS,
 ) -> Model:
   """DiT/SiT: patches, adaLN-Zero blocks, a linear head (DiT, sec. 3.2; SiT)."""
   return Model(
@@ -48,6 +67,8 @@ def dit(
     channels=channels,
     out_channels=channels if out_channels is None else out_channels,
     classes=classes,
+    prediction=prediction,
+    time=time,
   )
 
 
@@ -63,12 +84,14 @@ def preset(
       f"Known: {', '.join(known)}, each followed by /PATCH"
     )
   side = int(match[3])
-  out_channels = channels * FAMILIES[match[1]]
+  family = FAMILIES[match[1]]
   return dit(
     SIZES[match[2]],
     (side, side),
     channels=channels,
-    out_channels=out_channels,
+    out_channels=channels * family.outputs,
     classes=classes,
     qk_norm=qk_norm,
+    prediction=family.prediction,
+    time=family.time,
   )

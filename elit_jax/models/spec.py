@@ -13,6 +13,7 @@ from elit_jax.budget import Budget, parse_budget
 from elit_jax.errors import ConfigError
 
 Grid = tuple[int, ...]
+Prediction = Literal["velocity", "noise"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ Stage = Blocks | Read | Write | Tap
 class Time:
   """How the network's clock runs: it is fed scale * t, or scale * (1 - t) where
   `noise_at` is 0. Ours has t = 1 at noise; the velocity changes sign with the clock.
+  DiT counts: its index i is our i / 1000, so that its scale is 1000.
   """
 
   scale: float = 1.0
@@ -88,9 +90,10 @@ class Compute:
 
 @dataclass(frozen=True)
 class Model:
-  """A denoiser: patches in, a trunk of stages, velocity out.
+  """A denoiser: patches in, a trunk of stages, velocity or noise out.
 
-  out_channels beyond `channels` (a learned variance) are computed and set aside.
+  out_channels beyond `channels` are a learned variance where noise is predicted; SiT
+  kept them without a use: beside a velocity they are computed and set aside.
   """
 
   width: int
@@ -100,8 +103,14 @@ class Model:
   channels: int = 4
   out_channels: int = 4
   classes: int = 1000
+  prediction: Prediction = "velocity"
   time: Time = Time()
   compute: Compute = Compute()
+
+
+def learns_variance(model: Model) -> bool:
+  """Whether a variance for every channel follows the prediction."""
+  return model.prediction == "noise" and model.out_channels > model.channels
 
 
 def names(trunk: Sequence[Stage]) -> list[str]:
@@ -156,6 +165,15 @@ def validate(model: Model, shape: Sequence[int]) -> Grid:
   """The token grid of a legal model and sample shape; raises ConfigError otherwise."""
   if model.width % model.heads:
     raise ConfigError(f"{model.heads} heads do not divide the width {model.width}")
+  if model.prediction not in ("velocity", "noise"):
+    raise ConfigError(
+      f"a network predicts 'velocity' or 'noise', not {model.prediction!r}"
+    )
+  if model.out_channels not in (model.channels, 2 * model.channels):
+    raise ConfigError(
+      f"{model.out_channels} output channels must be the {model.channels} of a sample, "
+      "or twice as many"
+    )
   grid = grid_of(model, shape)
   kinds = [type(stage) for stage in model.trunk]
   places = [i for i, kind in enumerate(kinds) if kind in (Read, Write)]

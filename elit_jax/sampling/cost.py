@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from elit_jax.budget import Budget
+from elit_jax.flow.process import Process
 from elit_jax.sampling.plan import Plan, guided_at
-from elit_jax.sampling.steppers import Stepper
+from elit_jax.sampling.step import Stepper
 
 
 class PlanCost(NamedTuple):
@@ -15,10 +16,15 @@ class PlanCost(NamedTuple):
   flops: int
 
 
-def plan_cost(plan: Plan, stepper: Stepper, flops: Callable[[Budget], int]) -> PlanCost:
+def plan_cost(
+  plan: Plan, stepper: Stepper, process: Process, flops: Callable[[Budget], int]
+) -> PlanCost:
   """Price of one sample; `flops(budget)` is that of one forward pass of one sample."""
   steps = sum(phase.steps for phase in plan)
-  evaluated, runs = stepper.evaluated(stepper.times(steps)), stepper.runs(steps)
+  evaluated, runs = (
+    stepper.evaluated(stepper.times(process, steps)),
+    stepper.runs(steps),
+  )
   first = evaluations = total = 0
   for phase in plan:
     span = slice(first, first + phase.steps)

@@ -20,8 +20,8 @@ class At(NamedTuple):
   guided: jax.Array
 
 
-# (cache, x (B, ...), when, condition (B, ...)) to (cache, velocity (B, ...)). A plain
-# network hands its cache through.
+# (cache, x (B, ..., C), when, condition (B, ...)) to (cache, prediction (B, ..., C)),
+# with C more channels where a variance is learned. A plain network hands its cache on.
 Predict = Callable[[Cache, jax.Array, At, jax.Array], tuple[Cache, jax.Array]]
 Null = Callable[[jax.Array], jax.Array]
 
@@ -31,29 +31,40 @@ def unconditional(predict: Predict, null: Null) -> Predict:
   return lambda cache, x, at, cond: predict(cache, x, at, null(cond))
 
 
-def guided(strong: Predict, weak: Predict) -> Predict:
-  """weak + scale (strong - weak), in two calls (CFG, CCFG, AutoGuidance)."""
+def mix(
+  strong: jax.Array, weak: jax.Array, scale: jax.Array, channels: int
+) -> jax.Array:
+  """weak + scale (strong - weak) in the first channels; the others as in `strong`."""
+  mixed = weak[..., :channels]
+  mixed = mixed + scale * (strong[..., :channels] - mixed)
+  if channels == strong.shape[-1]:
+    return mixed
+  return jnp.concatenate([mixed, strong[..., channels:]], -1)
+
+
+def guided(strong: Predict, weak: Predict, channels: int) -> Predict:
+  """Guidance in two calls (cheap CFG, AutoGuidance)."""
 
   def predict(
     cache: Cache, x: jax.Array, at: At, cond: jax.Array
   ) -> tuple[Cache, jax.Array]:
-    cache, v_strong = strong(cache, x, at, cond)
-    cache, v_weak = weak(cache, x, at, cond)
-    return cache, v_weak + at.scale * (v_strong - v_weak)
+    cache, out_strong = strong(cache, x, at, cond)
+    cache, out_weak = weak(cache, x, at, cond)
+    return cache, mix(out_strong, out_weak, at.scale, channels)
 
   return predict
 
 
-def guided_jointly(network: Predict, null: Null) -> Predict:
+def guided_jointly(network: Predict, null: Null, channels: int) -> Predict:
   """Classifier-free guidance at one budget, as one call on a doubled batch."""
 
   def predict(
     cache: Cache, x: jax.Array, at: At, cond: jax.Array
   ) -> tuple[Cache, jax.Array]:
     both = jnp.concatenate([cond, null(cond)])
-    cache, v = network(cache, jnp.concatenate([x, x]), at, both)
-    v_strong, v_weak = jnp.split(v, 2)
-    return cache, v_weak + at.scale * (v_strong - v_weak)
+    cache, out = network(cache, jnp.concatenate([x, x]), at, both)
+    out_strong, out_weak = jnp.split(out, 2)
+    return cache, mix(out_strong, out_weak, at.scale, channels)
 
   return predict
 

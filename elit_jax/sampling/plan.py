@@ -16,6 +16,8 @@ class Guidance:
 
   The weak branch has the null label (CFG), a smaller budget (AutoGuidance with label
   "same"), or both (cheap CFG). budget None means the strong branch's. t = 1 is noise.
+  channels: of the prediction; "three" guides the first three, as DiT and SiT sample.
+  What is not guided, a learned variance among it, is the strong branch's.
   """
 
   scale: float
@@ -23,6 +25,7 @@ class Guidance:
   budget: Budget | None = None
   low: float = 0.0
   high: float = 1.0
+  channels: Literal["all", "three"] = "all"
 
   def __post_init__(self) -> None:
     if not 1 <= self.scale < math.inf:
@@ -31,6 +34,8 @@ class Guidance:
       )
     if self.label not in ("null", "same"):
       raise ConfigError(f"weak label is 'null' or 'same', not {self.label!r}")
+    if self.channels not in ("all", "three"):
+      raise ConfigError(f"guided channels are 'all' or 'three', not {self.channels!r}")
     if not 0 <= self.low <= self.high <= 1:
       raise ConfigError(
         f"guidance interval [{self.low}, {self.high}] is not one: "
@@ -63,6 +68,11 @@ class Phase:
 
 
 Plan = tuple[Phase, ...]
+
+
+def guided_channels(guidance: Guidance, channels: int) -> int:
+  """How many of a sample's channels are guided, from the first one on."""
+  return min(3, channels) if guidance.channels == "three" else channels
 
 
 def guided_at(guidance: Guidance | None, t: np.ndarray) -> np.ndarray:

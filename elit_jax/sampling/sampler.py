@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elit_jax.budget import Budget
-from elit_jax.flow.process import Process
+from elit_jax.flow.process import Prediction, Process
 from elit_jax.sampling.guidance import (
   At,
   Null,
@@ -17,8 +17,8 @@ from elit_jax.sampling.guidance import (
   unconditional,
   where_guided,
 )
-from elit_jax.sampling.plan import Phase, Plan, guided_at
-from elit_jax.sampling.steppers import Now, Stepper, on_device
+from elit_jax.sampling.plan import Phase, Plan, guided_at, guided_channels
+from elit_jax.sampling.step import Now, Stepper, on_device
 
 Network = Callable[[Budget], Predict]
 Noise = Callable[[jax.Array], jax.Array]
@@ -33,14 +33,16 @@ def sample(
   x: jax.Array,
   cond: jax.Array,
   noise: Noise,
+  prediction: Prediction = "velocity",
 ) -> jax.Array:
   """Samples shaped like the noise `x`, by following the plan from t = 1 to t = 0.
 
-  network(budget) predicts velocities; null(cond) is the null condition; noise(i) is
-  the noise of step i of the whole plan, shaped like x (stochastic solvers only).
+  network(budget) makes predictions of the kind `prediction`; null(cond) is the null
+  condition; noise(i) is the noise of step i of the whole plan, shaped like x
+  (stochastic solvers only).
   """
-  times = stepper.times(sum(phase.steps for phase in plan))
-  coefficients = stepper.coefficients(process, times)
+  times = stepper.times(process, sum(phase.steps for phase in plan))
+  coefficients = stepper.coefficients(process, prediction, times)
   evaluated = stepper.evaluated(times)
   first = 0
   for phase in plan:
@@ -49,7 +51,7 @@ def sample(
     scale = phase.guidance.scale if phase.guidance else 1.0
     scale_SE = np.full(guided_SE.shape, scale)
     at = At(*on_device((evaluated[span], scale_SE, guided_SE)))
-    predict = phase_predict(phase, network, null, guided_SE)
+    predict = phase_predict(phase, network, null, guided_SE, x.shape[-1])
     rows = {name: column[span] for name, column in coefficients.items()}
     index = np.arange(first, first + phase.steps, dtype=np.int32)
     x = _scan(stepper, predict, x, cond, noise, (at, *on_device((rows, index))))
@@ -58,19 +60,23 @@ def sample(
 
 
 def phase_predict(
-  phase: Phase, network: Network, null: Null, guided_SE: np.ndarray
+  phase: Phase, network: Network, null: Null, guided_SE: np.ndarray, channels: int
 ) -> Predict:
-  """The network of a phase under its guidance, specialised to what is ever needed."""
+  """The network of a phase under its guidance, specialised to what is ever needed.
+
+  channels: of a sample.
+  """
   strong = network(phase.budget)
   if phase.guidance is None or not guided_SE.any():
     return strong
+  first = guided_channels(phase.guidance, channels)
   if phase.guidance.label == "null" and phase.weak_budget == phase.budget:
-    both = guided_jointly(strong, null)
+    both = guided_jointly(strong, null, first)
   else:
     weak = network(phase.weak_budget)
     if phase.guidance.label == "null":
       weak = unconditional(weak, null)
-    both = guided(strong, weak)
+    both = guided(strong, weak, first)
   return both if guided_SE.all() else where_guided(both, strong)
 
 

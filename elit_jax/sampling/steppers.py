@@ -1,139 +1,68 @@
-"""Solvers of the sampling equation, from t = 1 (noise) to t = 0 (data).
+"""Solvers by name: a name, then what is said of it, such as "ddim 0.5" or "sde sigma".
 
-All times and coefficients are float64 arrays made on the host, one row a step.
+What belongs to one solver is written behind it, so that none has settings that another
+would not read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from elit_jax.errors import lookup
-from elit_jax.flow.process import Process, score_coefficients
-from elit_jax.sampling.guidance import At, Cache, Predict
-
-LAST_SDE_TIME = 0.04
+from elit_jax.errors import ConfigError, lookup
+from elit_jax.sampling import ancestral, ode, stochastic
+from elit_jax.sampling.step import Stepper
 
 
-class Now(NamedTuple):
-  """What a step is told: its evaluations (leading axis E), coefficients and noise."""
-
-  at: At
-  coefficients: dict[str, jax.Array]
-  noise: Callable[[], jax.Array]
-
-
-class Stepper(NamedTuple):
-  """One solver.
-
-  times(steps): the steps + 1 grid times. evaluated(times): times (steps, E) at which
-  the network is evaluated. runs(steps): which of them are (steps, E), for the price.
-  coefficients(process, times): arrays with one row a step. step: one step of it.
+class Solver(NamedTuple):
+  """A maker of steppers; its arguments that are words, with the words known; and the
+  name of the one that is a number, if any.
   """
 
-  times: Callable[[int], np.ndarray]
-  evaluated: Callable[[np.ndarray], np.ndarray]
-  runs: Callable[[int], np.ndarray]
-  coefficients: Callable[[Process, np.ndarray], dict[str, np.ndarray]]
-  step: Callable[[Predict, Cache, jax.Array, Now, jax.Array], tuple[Cache, jax.Array]]
-
-
-def _evaluation(now: Now, index: int) -> At:
-  return jax.tree.map(lambda leaf: leaf[index], now.at)
-
-
-def _euler_step(
-  predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
-) -> tuple[Cache, jax.Array]:
-  cache, v = predict(cache, x, _evaluation(now, 0), cond)
-  return cache, x + now.coefficients["dt"] * v
-
-
-def _heun_step(
-  predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
-) -> tuple[Cache, jax.Array]:
-  dt = now.coefficients["dt"]
-  cache, v = predict(cache, x, _evaluation(now, 0), cond)
-
-  def corrected(cache: Cache) -> tuple[Cache, jax.Array]:
-    cache, v_next = predict(cache, x + dt * v, _evaluation(now, 1), cond)
-    return cache, x + dt * (0.5 * (v + v_next))
-
-  def plain(cache: Cache) -> tuple[Cache, jax.Array]:
-    return cache, x + dt * v
-
-  return jax.lax.cond(now.coefficients["correct"], corrected, plain, cache)
-
-
-def _sde_step(
-  predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
-) -> tuple[Cache, jax.Array]:
-  c = now.coefficients
-  cache, v = predict(cache, x, _evaluation(now, 0), cond)
-  return cache, x + c["velocity"] * v + c["x"] * x + c["noise"] * now.noise()
-
-
-def _sde_coefficients(process: Process, times: np.ndarray) -> dict[str, np.ndarray]:
-  t, dt = times[:-1], np.diff(times)
-  diffusion = 2 * t  # w(t) of ELIT's sampler
-  a, b = score_coefficients(process, t)
-  noise = np.sqrt(diffusion * np.abs(dt))
-  noise[-1] = 0.0
-  return {
-    "velocity": dt * (1 - 0.5 * diffusion * a),
-    "x": dt * (-0.5 * diffusion * b),
-    "noise": noise,
-  }
-
-
-def _uniform(steps: int) -> np.ndarray:
-  return np.linspace(1.0, 0.0, steps + 1)
+  make: Callable[..., Stepper]
+  words: Mapping[str, Collection[str]] = MappingProxyType({})
+  number: str = ""
 
 
 STEPPERS = {
-  "euler": Stepper(
-    times=_uniform,
-    evaluated=lambda times: times[:-1, None],
-    runs=lambda steps: np.ones((steps, 1), bool),
-    coefficients=lambda process, times: {"dt": np.diff(times)},
-    step=_euler_step,
-  ),
-  # The trapezoidal corrector, on every step but the last.
-  "heun": Stepper(
-    times=_uniform,
-    evaluated=lambda times: np.stack([times[:-1], times[1:]], 1),
-    runs=lambda steps: np.stack(
-      [np.ones(steps, bool), np.arange(steps) < steps - 1], 1
-    ),
-    coefficients=lambda process, times: {
-      "dt": np.diff(times),
-      "correct": np.arange(len(times) - 1) < len(times) - 2,
-    },
-    step=_heun_step,
-  ),
-  # Euler-Maruyama with w(t) = 2 t and a last step without noise (REPA, ELIT).
-  "sde": Stepper(
-    times=lambda steps: np.append(np.linspace(1.0, LAST_SDE_TIME, steps), 0.0),
-    evaluated=lambda times: times[:-1, None],
-    runs=lambda steps: np.ones((steps, 1), bool),
-    coefficients=_sde_coefficients,
-    step=_sde_step,
+  "euler": Solver(lambda: ode.EULER),
+  "heun": Solver(lambda: ode.HEUN),
+  "rk5": Solver(lambda: ode.RK5),
+  "sde": Solver(stochastic.sde, {"form": stochastic.FORMS}, "norm"),
+  "ddim": Solver(ancestral.ddim, {"spacing": ancestral.SPACINGS}, "eta"),
+  "ddpm": Solver(
+    ancestral.ddpm,
+    {"variance": ("learned", "large", "small"), "spacing": ancestral.SPACINGS},
   ),
 }
 
 
-def stepper(name: str) -> Stepper:
-  """The solver called `name`; raises ConfigError if unknown."""
-  return lookup(STEPPERS, name, "solver")
+def stepper(text: str) -> Stepper:
+  """The solver that a text such as "heun" or "sde sigma 1.0" describes.
+
+  Raises ConfigError naming what is not known of it.
+  """
+  name, *words = text.split() or [""]
+  solver = lookup(STEPPERS, name, "solver")
+  given: dict[str, Any] = {}
+  for word in words:
+    argument, value = _argument(solver, word)
+    if not argument or argument in given:
+      known = [*sum(map(tuple, solver.words.values()), ())]
+      known += [f"a number ({solver.number})"] if solver.number else []
+      raise ConfigError(
+        f"config.sample.solver is {text!r}: {word!r} cannot follow {name!r}, which "
+        f"takes {', '.join(known) or 'nothing more'}{', each kind once' * bool(known)}"
+      )
+    given[argument] = value
+  return solver.make(**given)
 
 
-def on_device(arrays: Any) -> Any:
-  """Host arrays as the device sees them: floats in fp32, everything else as it is."""
-
-  def cast(array: np.ndarray) -> jax.Array:
-    is_float = np.issubdtype(array.dtype, np.floating)
-    return jnp.asarray(array, jnp.float32 if is_float else array.dtype)
-
-  return jax.tree.map(cast, arrays)
+def _argument(solver: Solver, word: str) -> tuple[str, Any]:
+  """Which argument a word is, and its value; ("", word) if it is none."""
+  for argument, known in solver.words.items():
+    if word in known:
+      return argument, word
+  try:
+    return solver.number, float(word)
+  except ValueError:
+    return "", word

@@ -99,9 +99,10 @@ def test_sde_samples_the_data_distribution(path: str):
 
 
 def test_sde_grid_ends_at_zero_after_a_last_step_without_noise():
-  times = STEPPERS["sde"].times(5)
+  sde = stepper("sde")
+  times = sde.times(LINEAR, 5)
   np.testing.assert_allclose(times, [1, 0.76, 0.52, 0.28, 0.04, 0])
-  coefficients = STEPPERS["sde"].coefficients(LINEAR, times)
+  coefficients = sde.coefficients(LINEAR, "velocity", times)
   assert coefficients["noise"][-1] == 0 and (coefficients["noise"][:-1] > 0).all()
 
 
@@ -191,7 +192,7 @@ def test_price_counts_what_runs(solver: str, guidance):
   plan = phase(5, guidance)
   run(plan, solver, recording)
   jax.effects_barrier()
-  priced = cost.plan_cost(plan, stepper(solver), prices.__getitem__)
+  priced = cost.plan_cost(plan, stepper(solver), LINEAR, prices.__getitem__)
   assert priced == (len(calls), sum(calls))
 
 

@@ -1,0 +1,98 @@
+"""What a solver of the sampling equation is, from noise (t = 1) to data (t = 0).
+
+All times and coefficients are float64 arrays made on the host, one row a step. What the
+network predicts is converted by them: x and prediction enter every step linearly.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from elit_jax.flow.process import Prediction, Process
+from elit_jax.sampling.guidance import At, Cache, Predict
+
+Coefficients = dict[str, np.ndarray]
+
+
+class Now(NamedTuple):
+  """What a step is told: its evaluations (leading axis E), coefficients and noise."""
+
+  at: At
+  coefficients: dict[str, jax.Array]
+  noise: Callable[[], jax.Array]
+
+
+Step = Callable[[Predict, Cache, jax.Array, Now, jax.Array], tuple[Cache, jax.Array]]
+
+
+def one_evaluation(times: np.ndarray) -> np.ndarray:
+  """The network is evaluated where a step begins (steps, 1)."""
+  return times[:-1, None]
+
+
+def always(steps: int) -> np.ndarray:
+  """It is evaluated in every step (steps, 1)."""
+  return np.ones((steps, 1), bool)
+
+
+class Stepper(NamedTuple):
+  """One solver.
+
+  times(process, steps): the steps + 1 grid times. coefficients(process, prediction,
+  times): arrays with one row a step. step: one step of it. evaluated(times): times
+  (steps, E) at which the network is evaluated. runs(steps): which of them are
+  (steps, E), for the price. Both functions of the process raise ConfigError where the
+  solver means nothing.
+  """
+
+  times: Callable[[Process, int], np.ndarray]
+  coefficients: Callable[[Process, Prediction, np.ndarray], Coefficients]
+  step: Step
+  evaluated: Callable[[np.ndarray], np.ndarray] = one_evaluation
+  runs: Callable[[int], np.ndarray] = always
+
+
+def evaluation(now: Now, index: int) -> At:
+  """One of the evaluations of a step."""
+  return jax.tree.map(lambda leaf: leaf[index], now.at)
+
+
+def split(out: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The prediction, shaped like x, and the channels of a learned variance, if any."""
+  channels = x.shape[-1]
+  return out[..., :channels], out[..., channels:]
+
+
+def linear_step(
+  predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
+) -> tuple[Cache, jax.Array]:
+  """x plus multiples of the prediction and of x, from one evaluation."""
+  c = now.coefficients
+  cache, out = predict(cache, x, evaluation(now, 0), cond)
+  return cache, x + c["prediction"] * split(out, x)[0] + c["x"] * x
+
+
+def noisy_step(
+  predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
+) -> tuple[Cache, jax.Array]:
+  """The same plus a multiple of fresh noise."""
+  cache, x = linear_step(predict, cache, x, now, cond)
+  return cache, x + now.coefficients["noise"] * now.noise()
+
+
+def uniform(process: Process, steps: int) -> np.ndarray:
+  """Equal steps over the whole span of the process."""
+  return np.linspace(*process.span, steps + 1)
+
+
+def on_device(arrays: Any) -> Any:
+  """Host arrays as the device sees them: floats in fp32, everything else as it is."""
+
+  def cast(array: np.ndarray) -> jax.Array:
+    is_float = np.issubdtype(array.dtype, np.floating)
+    return jnp.asarray(array, jnp.float32 if is_float else array.dtype)
+
+  return jax.tree.map(cast, arrays)
