@@ -174,7 +174,7 @@ slice_state() {
   errors="$(mktemp)"
   ask ACTIVE gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
     --format="value(state.state)" 2>"$errors" || rc=$?
-  if ((rc)) && grep -q NOT_FOUND "$errors"; then
+  if ((rc)) && grep -qE "NOT_FOUND|Not Found|was not found" "$errors"; then
     echo ABSENT
     rc=0
   else
