@@ -224,6 +224,18 @@ def test_tpu_flags_go_to_libtpu_alone_and_only_when_asked_for(tmp_path):
   assert "XLA_FLAGS" not in set_to
 
 
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_an_accelerator_that_fails_is_no_slow_run_on_the_cpu(name, tmp_path):
+  fake(tmp_path, "python", "")
+  env = {"PYTHON": str(tmp_path / "python"), "LIBTPU_INIT_ARGS": "", "XLA_FLAGS": ""}
+  for given, wanted in (
+    (None, {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}[name]),
+    ("a", "a"),
+  ):
+    done = bash(f"launch/env/{name}.sh", env={**env, "JAX_PLATFORMS": given})
+    assert exports(done.stdout)["JAX_PLATFORMS"] == wanted
+
+
 def test_every_flag_says_why():
   for name in ("gpu", "tpu"):
     lines = (LAUNCH / f"env/{name}.sh").read_text().splitlines()
@@ -254,7 +266,8 @@ def in_a_job(folder, script, step, state="RUNNING", code=0, requeue="", **env):
   fake(folder, "scontrol", requeue)
   fake(folder, "squeue", f"echo {state}")
   fake(folder, "python", "")  # accepts every flag
-  python = {"PYTHON": str(folder / "python"), "JAX_LOCAL_DEVICE_IDS": None}
+  python = {"PYTHON": str(folder / "python"), "JAX_PLATFORMS": None}
+  python |= {"JAX_LOCAL_DEVICE_IDS": None}
   env = {**IN_A_JOB, **on_path(folder), **python, **env}
   return bash(str(copy), *FLAGS, env=env, code=code, cwd=folder)
 
@@ -292,6 +305,7 @@ def test_what_a_step_gets(tmp_path, script, ids):
   name = "JAX_LOCAL_DEVICE_IDS="
   assert [line.removeprefix(name) for line in lines if line.startswith(name)] == ids
   assert "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true" in lines
+  assert "JAX_PLATFORMS=cuda,cpu" in lines  # no slow run on the CPU instead
   assert str(ROOT) in lines
   python = str(tmp_path / "python")
   # A task that is killed while it leaves with 75 would hide that (srun: the highest).
@@ -838,6 +852,13 @@ def test_gpu_pods_find_each_other():
   assert container_of(jobset)["resources"]["limits"] == {"nvidia.com/gpu": 8}
 
 
+def test_gpu_pods_may_write_to_a_new_share():
+  """Its top belongs to root, and the image has a user of its own."""
+  jobset = yaml.safe_load((LAUNCH / "gke/jobset_gpu.yaml").read_text())
+  assert re.search(r"^USER (?!root)", (LAUNCH / "Containerfile.cuda").read_text(), re.M)
+  assert job_of(jobset)["template"]["spec"]["securityContext"] == {"runAsUser": 0}
+
+
 def test_tpu_pods_cover_the_slice():
   jobset = yaml.safe_load((LAUNCH / "gke/jobset_tpu.yaml").read_text())
   job = job_of(jobset)
@@ -866,6 +887,12 @@ def test_xpk_is_given_the_same_contract():
   assert shlex.split(line) == ["exec", "python", "main.py", *FLAGS]
 
 
+def test_xpk_is_told_where_the_cluster_is_if_it_must_be():
+  command = shlex.split(bash(*XPK, "--project=p", "--zone=z", "--", "a").stdout)
+  assert {"--project=p", "--zone=z"} <= set(command)
+  assert not any("--zone" in w for w in shlex.split(bash(*XPK, "--", "a").stdout))
+
+
 @pytest.mark.parametrize("words", [XPK[1:], (*XPK[1:3], "--", "a"), ("--nodes=2",)])
 def test_what_xpk_does_not_understand_is_refused(words):
   assert bash(XPK[0], *words, code=2).stderr.startswith("error: ")
@@ -883,6 +910,8 @@ def test_containers_hold_what_a_run_needs_and_say_that_they_are_not_built(path):
   assert all((ROOT / name).exists() for name in copied)
   extra = {"cuda": "jax[cuda12]", "tpu": "jax[tpu]"}[path.suffix[1:]]
   assert extra in text
+  platforms = {"cuda": "cuda,cpu", "tpu": "tpu,cpu"}[path.suffix[1:]]
+  assert f"JAX_PLATFORMS={platforms} " in text
 
 
 def test_the_readme_names_every_file_and_the_contract():
@@ -891,7 +920,8 @@ def test_the_readme_names_every_file_and_the_contract():
     name = path.relative_to(LAUNCH).as_posix()
     helpers = {"README.md", "slurm_step.sh", "tpu_worker.sh", "env/common.sh"}
     assert path.is_dir() or name in helpers or name in text, name
-  for word in ("ELIT_REQUEUE_CODE", "134", "JAX_COMPILATION_CACHE_DIR", "gs://"):
+  words = ("ELIT_REQUEUE_CODE", "134", "JAX_COMPILATION_CACHE_DIR", "gs://", "ssh-add")
+  for word in words:
     assert word in text
   assert "What has been run so far" in text
   assert len(text.splitlines()) <= 80
