@@ -4,7 +4,8 @@
 # those of main.py.
 #
 # Exit codes of a run: 0 finished; 75 a clean save after SIGTERM, the job is requeued
-# and goes on from there; 134 a peer died, submit again; anything else is an error.
+# and goes on from there; 134, 137 a process died, submit again; anything else is an
+# error.
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   set -euo pipefail
@@ -43,7 +44,8 @@ if ((rc == 75)); then
   else
     echo "saved on SIGTERM: job $SLURM_JOB_ID is $state, so it is not requeued"
   fi
-elif ((rc == 134)); then
-  echo "a peer died: submit the same command again, it goes on from the last checkpoint"
+elif ((rc > 128)); then
+  echo "a process died, and the others with it: see above; the same command submitted" \
+    "again goes on from the last checkpoint"
 fi
 exit "$rc"

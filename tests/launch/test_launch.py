@@ -292,8 +292,10 @@ def test_a_job_that_cannot_be_requeued_says_so(tmp_path):
   assert "submit the same command again" in done.stderr
 
 
-def test_a_dead_peer_asks_to_submit_again(tmp_path):
-  assert "submit" in in_a_job(tmp_path, SBATCH[0], "exit 134", code=134).stdout
+@pytest.mark.parametrize("code", [134, 137])
+def test_a_death_asks_to_submit_again(tmp_path, code):
+  """A dead process takes the others with it, or srun kills them."""
+  assert "submit" in in_a_job(tmp_path, SBATCH[0], f"exit {code}", code=code).stdout
 
 
 @pytest.mark.parametrize(("script", "ids"), [(SBATCH[0], []), (SBATCH[1], ["0,1,2,3"])])
@@ -618,11 +620,18 @@ def test_it_gives_up_after_so_many_restarts(tmp_path, restarts):
   assert "stop --delete" in done.stderr  # it still costs money
 
 
-def test_a_watch_can_be_taken_up_again(tmp_path):
+@pytest.mark.parametrize(
+  ("between", "made"),
+  [
+    (("SUSPENDING", "SUSPENDED"), ["delete", "create"]),
+    (("WAITING_FOR_RESOURCES", "PROVISIONING"), []),
+  ],
+)
+def test_a_watch_can_be_taken_up_again(tmp_path, between, made):
   """Also where the slice has been taken away in the meantime."""
-  states = ("SUSPENDING", "SUSPENDED", "ACTIVE", "ACTIVE")
+  states = (*between, "ACTIVE", "ACTIVE")
   did = spot_run(tmp_path, states, ("elit: exit 0",), ("worker.sh start",))
-  assert did == MADE_ANEW
+  assert did == ["start", *made, "install", "resume"]
 
 
 @pytest.mark.parametrize("state", ["ACTIVE", "gone"])
@@ -741,7 +750,10 @@ def test_what_is_stopped_is_started_by_request_alone(worker, tmp_path):
   assert worker("stop") == worker("resume", *FLAGS) == "elit: stopped 75"
   assert len(calls(tmp_path, "python")) == 1
   assert worker("start", *FLAGS) == "elit: started"
-  assert worker("status") == "elit: running"
+  wait_for(lambda: len((tmp_path / "state/up").read_text().split()) == 2)
+  os.kill(int((tmp_path / "state/pid").read_text()), signal.SIGTERM)
+  wait_for((tmp_path / "state/exit").exists)
+  assert worker("status") == "elit: exit 75"  # that stop was of the run before
 
 
 def test_a_worker_that_does_not_leave_is_said_to_run(worker, tmp_path):
@@ -762,8 +774,14 @@ def test_what_fails_before_python_is_an_exit_too(worker, tmp_path):
 
 def test_a_number_that_another_program_has_now_is_no_run(worker, tmp_path):
   (tmp_path / "state").mkdir()
-  (tmp_path / "state/pid").write_text(f"{os.getpid()}\n")
-  assert worker("status") == "elit: none"
+  with subprocess.Popen(["sleep", "60"]) as other:
+    (tmp_path / "state/pid").write_text(f"{other.pid}\n")
+    try:
+      assert worker("status") == "elit: none"
+      worker("stop")
+      assert other.poll() is None
+    finally:
+      other.kill()
 
 
 # --- GKE ------------------------------------------------------------------------------
