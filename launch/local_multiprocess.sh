@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # Rehearses a run of many hosts on one: N processes with M virtual CPU devices each, on
-# loopback. Ends when all have ended, with the first exit code that is not 0.
+# loopback.
 #   launch/local_multiprocess.sh 2 4 -- python main.py --config=... --workdir=...
+# Hands SIGTERM, and Ctrl-C as SIGTERM, on to all of them, and ends when all have ended,
+# with the exit code that tells most, the first of its kind: an error that a process has
+# named itself (such as 1 or 2); else ELIT_REQUEUE_CODE (saved after SIGTERM); else its
+# death by a signal (134, 137, 143: often because a peer has died); else 0.
 # ELIT_HEARTBEAT_SECONDS (10 here): how soon a dead process takes the others with it.
+# The lines "[Gloo] Rank ..." come from jaxlib, which has no switch for them.
 set -euo pipefail
 
 usage() {
-  sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"
+  awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "${BASH_SOURCE[0]}"
 }
 
 if [[ ${1:-} == --help ]]; then
@@ -25,7 +30,7 @@ shift 3
 free_port() {
   local port
   while true; do
-    port=$((20000 + RANDOM % 20000))
+    port=$((20000 + RANDOM % 12000)) # below those that systems give to outgoing calls
     if ! (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
       echo "$port"
       return
@@ -44,26 +49,42 @@ export ELIT_COORDINATOR
 export ELIT_PROCESS_COUNT=$processes
 export ELIT_HEARTBEAT_SECONDS=${ELIT_HEARTBEAT_SECONDS:-10}
 
+# rank CODE: how much an exit code tells of what went wrong.
+rank() {
+  if (($1 == 0)); then
+    echo 0
+  elif [[ $1 == "${ELIT_REQUEUE_CODE:-}" ]]; then
+    echo 2
+  elif (($1 > 128)); then
+    echo 1
+  else
+    echo 3
+  fi
+}
+
 pids=()
-signalled=
-trap 'signalled=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+stopping="" # a signal has come
+signalled="" # one has come since this was last emptied
+trap 'stopping=1 signalled=1; kill -TERM ${pids[@]+"${pids[@]}"} 2>/dev/null || true' TERM INT
 for ((i = 0; i < processes; i++)); do
   ELIT_PROCESS_INDEX=$i "$@" &
   pids+=($!)
   echo "process $i has pid $!" >&2
+  # The signal may have come before the process was on the list.
+  [[ -z $stopping ]] || kill -TERM "$!" 2>/dev/null || true
 done
 
 code=0
 for i in "${!pids[@]}"; do
   pid=${pids[i]}
   while true; do
-    signalled=
+    signalled=""
     one=0
     wait "$pid" || one=$?
     [[ -n $signalled ]] || break # a trapped signal ends the wait, not the process
   done
   echo "process $i ended with $one" >&2
-  if [[ $one -ne 0 && $code -eq 0 ]]; then
+  if (($(rank "$one") > $(rank "$code"))); then
     code=$one
   fi
 done

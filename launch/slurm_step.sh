@@ -4,7 +4,8 @@
 # those of main.py.
 #
 # Exit codes of a run: 0 finished; 75 a clean save after SIGTERM, the job is requeued
-# and goes on from there; 134 a peer died, submit again; anything else is an error.
+# and goes on from there; 134, 137 a process died, submit again; anything else is an
+# error.
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
   set -euo pipefail
@@ -27,20 +28,24 @@ fi
 trap : TERM
 
 rc=0
-# A dead process takes the others with it at once, not after their heartbeat timeout.
-# Those that leave with 75 leave together: jax's shutdown waits for all of them.
-srun --kill-on-bad-exit=1 "$(elit_python)" main.py "$@" || rc=$?
+# A minute after the first process has ended, srun ends the others: a dead one takes them
+# with it before their heartbeat timeout. Not at once (--kill-on-bad-exit): those that
+# leave with 75 leave together, but not in the same instant, and srun returns the
+# highest code, so that a single one killed on its way out (137) would hide the 75.
+srun --kill-on-bad-exit=0 --wait=60 "$(elit_python)" main.py "$@" || rc=$?
 
 if ((rc == 75)); then
   # Only what still runs: a cancelled job saves and leaves with 75 as well.
   state="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" || state="unknown"
   if [[ $state == RUNNING ]]; then
-    echo "saved on SIGTERM: job $SLURM_JOB_ID is requeued"
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "saved on SIGTERM: job $SLURM_JOB_ID is to be requeued"
+    scontrol requeue "$SLURM_JOB_ID" ||
+      echo "it could not be requeued: submit the same command again" >&2
   else
     echo "saved on SIGTERM: job $SLURM_JOB_ID is $state, so it is not requeued"
   fi
-elif ((rc == 134)); then
-  echo "a peer died: submit the same command again, it goes on from the last checkpoint"
+elif ((rc > 128)); then
+  echo "a process died, and the others with it: see above; the same command submitted" \
+    "again goes on from the last checkpoint"
 fi
 exit "$rc"

@@ -5,6 +5,8 @@
 #   bash launch/env/gpu.sh         shows what it would export
 #
 #   XLA_PYTHON_CLIENT_MEM_FRACTION  share of each GPU's memory that jax takes at once
+#   JAX_PLATFORMS                   cuda,cpu: a GPU that is there but cannot be used is an
+#                                   error, and not a slow run on the CPU
 #   XLA_FLAGS                       the flags below that the installed jaxlib accepts,
 #                                   then your own, which win
 #   ELIT_GPU_FLAGS=multinode        adds the flags for training over several nodes
@@ -21,6 +23,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 elit_gpu() {
   # jax takes 75% unless told; the rest is for cuDNN, NCCL and the driver.
   export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}"
+
+  export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 
   local flags=(
     # Starts collectives early and waits late, so that matmuls hide them.
@@ -55,7 +59,7 @@ elif [[ ${1:-} == --help || ${1:-} == -h ]]; then
   elit_about "$0"
 else
   elit_gpu
-  for name in XLA_PYTHON_CLIENT_MEM_FRACTION XLA_FLAGS; do
+  for name in XLA_PYTHON_CLIENT_MEM_FRACTION JAX_PLATFORMS XLA_FLAGS; do
     printf 'export %s=%q\n' "$name" "${!name:-}"
   done
 fi

@@ -4,6 +4,8 @@
 #   source launch/env/tpu.sh       from the root of the clone; exports what follows
 #   bash launch/env/tpu.sh         shows what it would export
 #
+#   JAX_PLATFORMS           tpu,cpu: a TPU that cannot be used (another process holds it)
+#                           is an error, and not a slow run on the CPU
 #   LIBTPU_INIT_ARGS        nothing unless asked for: libtpu's own choices are good ones.
 #                           TPU flags belong here and never into XLA_FLAGS, where
 #                           jaxlib does not know them and aborts
@@ -23,6 +25,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 elit_tpu() {
   # Parameters are large: keep tcmalloc from reporting every allocation above 1 GiB.
   export TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD="${TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD:-8589934592}"
+
+  export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
 
   local flags=()
   case "${ELIT_TPU_FLAGS:-}" in
@@ -56,7 +60,7 @@ elif [[ ${1:-} == --help || ${1:-} == -h ]]; then
   elit_about "$0"
 else
   elit_tpu
-  for name in TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD LIBTPU_INIT_ARGS; do
+  for name in TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD JAX_PLATFORMS LIBTPU_INIT_ARGS; do
     printf 'export %s=%q\n' "$name" "${!name:-}"
   done
 fi

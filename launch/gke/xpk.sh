@@ -4,6 +4,7 @@
 #   launch/gke/xpk.sh OPTION... -- FLAG...    FLAG... are those of main.py
 #
 #   --cluster=NAME --workload=NAME --image=IMAGE   always needed; IMAGE: Containerfile.tpu
+#   --project=NAME --zone=ZONE   of the cluster; default: those of gcloud
 #   --type=TYPE        TPU type (v5litepod-16)
 #   --slices=N         slices (1)
 #   --restarts=N       how often GKE may start it again (100)
@@ -19,12 +20,13 @@ die() {
   exit 2
 }
 
-cluster="" workload="" image="" type=v5litepod-16 slices=1 restarts=100 dry=false
+cluster="" workload="" image="" where=() type=v5litepod-16 slices=1 restarts=100 dry=false
 while (($#)); do
   case "$1" in
     --cluster=*) cluster="${1#*=}" ;;
     --workload=*) workload="${1#*=}" ;;
     --image=*) image="${1#*=}" ;;
+    --project=* | --zone=*) where+=("$1") ;;
     --type=*) type="${1#*=}" ;;
     --slices=*) slices="${1#*=}" ;;
     --restarts=*) restarts="${1#*=}" ;;
@@ -50,6 +52,7 @@ launch=(
   xpk workload create
   --cluster="$cluster"
   --workload="$workload"
+  ${where[@]+"${where[@]}"}
   --docker-image="$image"
   --tpu-type="$type"
   --num-slices="$slices"

@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,82 @@ def test_every_script_explains_itself_and_stops_at_errors(script):
   assert "set -euo pipefail" in (ROOT / script).read_text()
 
 
+# --- rehearsal on one machine ---------------------------------------------------------
+
+REHEARSE = "launch/local_multiprocess.sh"
+
+
+def rehearsed(codes: tuple[int, ...], **env: str | None) -> subprocess.CompletedProcess:
+  """So many processes, each of which ends with its code."""
+  line = f"codes=({' '.join(map(str, codes))}); exit ${{codes[ELIT_PROCESS_INDEX]}}"
+  command = ["bash", ROOT / REHEARSE, str(len(codes)), "1", "--", "bash", "-c", line]
+  full = {name: text for name, text in os.environ.items() if name[:4] != "ELIT"} | env
+  return subprocess.run(
+    command, env=full, capture_output=True, text=True, timeout=60, check=False
+  )
+
+
+@pytest.mark.parametrize(
+  ("codes", "told"),
+  [
+    ((0, 0), 0),
+    ((134, 2), 2),
+    ((137, 75), 75),
+    ((134, 75, 1), 1),
+    ((75, 1), 1),
+    ((1, 2), 1),
+    ((0, 134), 134),
+    ((143, 134), 143),
+  ],
+)
+def test_the_code_that_tells_most_is_reported(codes, told):
+  done = rehearsed(codes, ELIT_REQUEUE_CODE="75")
+  assert done.returncode == told, done.stderr
+  ends = re.findall(r"process (\d) ended with (\d+)", done.stderr)
+  assert ends == [(str(i), str(code)) for i, code in enumerate(codes)]
+
+
+def test_a_requeue_code_is_one_only_where_it_is_set():
+  assert rehearsed((75, 1)).returncode == 75
+  assert rehearsed((134, 200), ELIT_REQUEUE_CODE="200").returncode == 200
+
+
+# A shell cannot trap a SIGINT that it was born to ignore, as in the background.
+FROM_A_TERMINAL = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+SAVES = """
+trap 'kill $!; sleep 0.5; echo saved >"$FOLDER/$ELIT_PROCESS_INDEX"; exit $LEAVES' TERM
+sleep 60 &
+echo up >"$FOLDER/$ELIT_PROCESS_INDEX"
+wait
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=str)
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_signal_is_handed_on_to_all_and_their_end_awaited(tmp_path, number, code):
+  files = [tmp_path / str(i) for i in range(2)]
+  script = [str(ROOT / REHEARSE), "2", "1", "--", "bash", "-c", SAVES]
+  process = subprocess.Popen(
+    [sys.executable, "-c", FROM_A_TERMINAL, "bash", *script],
+    env={**os.environ, "FOLDER": str(tmp_path), "LEAVES": str(code)},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    wait_for(lambda: all(file.exists() and file.read_text() for file in files))
+    process.send_signal(number)
+    _, said = process.communicate(timeout=30)
+  finally:
+    process.kill()
+  assert [file.read_text() for file in files] == ["saved\n"] * 2
+  assert process.returncode == code
+  assert re.findall(r"ended with (\d+)", said) == [str(code)] * 2
+
+
 # --- flags ----------------------------------------------------------------------------
 
 
@@ -147,6 +224,18 @@ def test_tpu_flags_go_to_libtpu_alone_and_only_when_asked_for(tmp_path):
   assert "XLA_FLAGS" not in set_to
 
 
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_an_accelerator_that_fails_is_no_slow_run_on_the_cpu(name, tmp_path):
+  fake(tmp_path, "python", "")
+  env = {"PYTHON": str(tmp_path / "python"), "LIBTPU_INIT_ARGS": "", "XLA_FLAGS": ""}
+  for given, wanted in (
+    (None, {"gpu": "cuda,cpu", "tpu": "tpu,cpu"}[name]),
+    ("a", "a"),
+  ):
+    done = bash(f"launch/env/{name}.sh", env={**env, "JAX_PLATFORMS": given})
+    assert exports(done.stdout)["JAX_PLATFORMS"] == wanted
+
+
 def test_every_flag_says_why():
   for name in ("gpu", "tpu"):
     lines = (LAUNCH / f"env/{name}.sh").read_text().splitlines()
@@ -169,15 +258,16 @@ IN_A_JOB = {
 REPORT = 'env | grep -E "^(ELIT|JAX|SRUN|XLA)_" | sort'
 
 
-def in_a_job(folder, script, step, state="RUNNING", code=0, **env):
+def in_a_job(folder, script, step, state="RUNNING", code=0, requeue="", **env):
   """Runs a batch script as SLURM does: a copy, elsewhere, with fakes on PATH."""
   copy = folder / "slurm_script"
   shutil.copy(ROOT / script, copy)
   fake(folder, "srun", step)
-  fake(folder, "scontrol", "")
+  fake(folder, "scontrol", requeue)
   fake(folder, "squeue", f"echo {state}")
   fake(folder, "python", "")  # accepts every flag
-  python = {"PYTHON": str(folder / "python"), "JAX_LOCAL_DEVICE_IDS": None}
+  python = {"PYTHON": str(folder / "python"), "JAX_PLATFORMS": None}
+  python |= {"JAX_LOCAL_DEVICE_IDS": None}
   env = {**IN_A_JOB, **on_path(folder), **python, **env}
   return bash(str(copy), *FLAGS, env=env, code=code, cwd=folder)
 
@@ -197,8 +287,15 @@ def test_a_cancelled_job_is_not_requeued(tmp_path, state):
   assert state in done.stdout
 
 
-def test_a_dead_peer_asks_to_submit_again(tmp_path):
-  assert "submit" in in_a_job(tmp_path, SBATCH[0], "exit 134", code=134).stdout
+def test_a_job_that_cannot_be_requeued_says_so(tmp_path):
+  done = in_a_job(tmp_path, SBATCH[0], "exit 75", code=75, requeue="exit 1")
+  assert "submit the same command again" in done.stderr
+
+
+@pytest.mark.parametrize("code", [134, 137])
+def test_a_death_asks_to_submit_again(tmp_path, code):
+  """A dead process takes the others with it, or srun kills them."""
+  assert "submit" in in_a_job(tmp_path, SBATCH[0], f"exit {code}", code=code).stdout
 
 
 @pytest.mark.parametrize(("script", "ids"), [(SBATCH[0], []), (SBATCH[1], ["0,1,2,3"])])
@@ -210,9 +307,11 @@ def test_what_a_step_gets(tmp_path, script, ids):
   name = "JAX_LOCAL_DEVICE_IDS="
   assert [line.removeprefix(name) for line in lines if line.startswith(name)] == ids
   assert "XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true" in lines
+  assert "JAX_PLATFORMS=cuda,cpu" in lines  # no slow run on the CPU instead
   assert str(ROOT) in lines
   python = str(tmp_path / "python")
-  step = ["--kill-on-bad-exit=1", python, "main.py", *FLAGS]
+  # A task that is killed while it leaves with 75 would hide that (srun: the highest).
+  step = ["--kill-on-bad-exit=0", "--wait=60", python, "main.py", *FLAGS]
   assert lines[-len(step) :] == step
 
 
@@ -319,15 +418,17 @@ def test_logs_and_stop():
   ((logs,), (stop,)) = dry("logs"), dry("stop")
   assert "--worker=0" in logs
   assert over_there(logs) == [*WORKER, "log", "follow"]
-  assert over_there(stop) == [*WORKER, "stop"]
+  assert over_there(stop)[-3:] == [*WORKER, "stop"]
   assert "--worker=3" in dry("logs", "3")[0]
+  assert "--worker=all" in dry("logs", "all")[0]
   assert dry("stop", "--delete")[1][:6] == [*QUEUED, "delete", "pod"]
 
 
 def test_a_dry_run_runs_nothing(tmp_path):
   fake(tmp_path, "gcloud", "")
   fake(tmp_path, "git", "")
-  for command in (["create"], ["setup"], ["run", "--"], ["logs"], ["stop", "--delete"]):
+  run = ["run", "--", *FLAGS]
+  for command in (["create"], ["setup"], run, ["logs"], ["stop", "--delete"]):
     bash(*POD, *NEW, "--spot", "--dry-run", *command, env=on_path(tmp_path))
   assert not (tmp_path / "calls").exists()
 
@@ -344,65 +445,271 @@ def test_a_dry_run_runs_nothing(tmp_path):
     (*POD[1:], "--poll=soon", "logs"),
     (*POD[1:], "--bucket=a", "--filestore=b", "setup"),
     (*POD[1:], "--dry-run", "stop", "now"),
+    (*POD[1:], "stop", "--delte"),
+    (*POD[1:], "stop", "--delete", "now"),
+    (*POD[1:], "--spot", "run", "--", *FLAGS),
+    (*POD[1:], "run", "--"),
+    (*POD[1:], *NEW, "create", "now"),
+    (*POD[1:], "setup", "--bucket=a"),
+    (*POD[1:], "logs", "first"),
+    (*POD[1:], "logs", "0", "1"),
+    (*POD[1:], "--env=1=2", "run", "--", *FLAGS),
   ],
 )
-def test_what_tpu_pod_does_not_understand_is_refused(words):
-  assert bash(POD[0], *words, code=2).stderr.startswith("error: ")
+def test_what_tpu_pod_does_not_understand_is_refused_before_it_acts(words, tmp_path):
+  fake(tmp_path, "gcloud", "")
+  fake(tmp_path, "git", "")
+  done = bash(POD[0], *words, env=on_path(tmp_path), code=2)
+  assert done.stderr.startswith("error: ")
+  assert not (tmp_path / "calls").exists()
 
 
+def test_settings_reach_the_hosts():
+  (start,) = dry("--env=ELIT_TPU_FLAGS=overlap", "--env=A=b c", "run", "--", *FLAGS)
+  settings = ["env", "ELIT_TPU_FLAGS=overlap", "A=b c"]
+  assert over_there(start) == [*settings, *WORKER, "start", *FLAGS]
+
+
+def test_setup_says_what_it_leaves_behind(tmp_path):
+  fake(tmp_path, "gcloud", "")
+  fake(tmp_path, "git", "[[ $* != *status* ]] || echo ' M main.py'")
+  assert "not committed" in bash(*POD, "setup", env=on_path(tmp_path)).stderr
+  fake(tmp_path, "git", "")
+  assert bash(*POD, "setup", env=on_path(tmp_path)).stderr == ""
+
+
+# Says line by line what the files `states` and `runs` hold, and fails once for each
+# line of `failing`, at the first command that holds it.
 GCLOUD = """
+text=
+[[ ! -s $FAKES/failing ]] || read -r text <"$FAKES/failing"
+if [[ -n $text && "$*" == *"$text"* ]]; then
+  sed -i 1d "$FAKES/failing"
+  exit 1
+fi
 case "$*" in
   *describe*) list=states ;;
   *tpu_worker.sh\\ status*) list=runs ;;
   *) exit 0 ;;
 esac
-head -n 1 "$FAKES/$list"
+line=$(head -n 1 "$FAKES/$list")
 sed -i 1d "$FAKES/$list"
+if [[ $line == gone ]]; then
+  echo "ERROR: (gcloud) NOT_FOUND: Resource was not found" >&2
+  exit 1
+fi
+tr '|' '\\n' <<<"$line"
 """
 
 
-def spot_run(folder, states: list[str], runs: list[str], code: int = 0) -> list[str]:
-  """`run` on a slice that is in these states, and whose hosts say so; what it did."""
+def cloud(
+  folder,
+  states: tuple[str, ...] = (),
+  runs: tuple[str, ...] = (),
+  failing: tuple[str, ...] = (),
+) -> dict[str, str]:
+  """A slice that is in these states, and whose hosts say so; the environment."""
   fake(folder, "gcloud", GCLOUD)
   fake(folder, "git", "")
-  (folder / "states").write_text("".join(f"{line}\n" for line in states))
-  (folder / "runs").write_text("".join(f"{line}\n" for line in runs))
-  env = {**on_path(folder), "FAKES": str(folder)}
-  bash(*POD, *NEW, "--spot", "--poll=0", "run", "--", *FLAGS, env=env, code=code)
+  for name, lines in {"states": states, "runs": runs, "failing": failing}.items():
+    (folder / name).write_text("".join(f"{line}\n" for line in lines))
+  return {**on_path(folder), "FAKES": str(folder)}
+
+
+def done_to(folder) -> list[str]:
+  """What has been done to a slice and on its hosts."""
   words = {
     "queued-resources create": "create",
     "queued-resources delete": "delete",
     "install": "install",
     "tpu_worker.sh start": "start",
+    "tpu_worker.sh resume": "resume",
   }
   done = calls(folder, "gcloud")
   return [name for line in done for text, name in words.items() if text in line]
 
 
-def test_a_slice_that_is_taken_away_is_made_anew_and_goes_on(tmp_path):
-  states = ["ACTIVE", "SUSPENDING", "SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE"]
-  runs = ["elit: running", "elit: running", "elit: exit 0"]
-  did = spot_run(tmp_path, [*states, "ACTIVE", "ACTIVE"], runs)
-  assert did == ["start", "delete", "create", "install", "start"]
-  first, second = (c for c in calls(tmp_path, "gcloud") if "worker.sh start" in c)
-  assert first == second
+SPOT = (*POD, *NEW, "--spot", "--poll=0")
+RUN = ("run", "--", *FLAGS)
 
 
-@pytest.mark.parametrize("code", [75, 134])
+def spot_run(folder, *args, code: int = 0) -> list[str]:
+  """`run` in such a cloud; what it did."""
+  bash(*SPOT, *RUN, env=cloud(folder, *args), code=code, timeout=30)
+  return done_to(folder)
+
+
+TAKEN_AWAY = ("ACTIVE", "SUSPENDING", "SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE")
+MADE_ANEW = ["start", "delete", "create", "install", "resume"]
+
+
+@pytest.mark.parametrize("failing", [(), ("delete",)])
+def test_a_slice_that_is_taken_away_is_made_anew_and_goes_on(tmp_path, failing):
+  """Also where it can no longer be deleted: it may be gone already."""
+  runs = ("elit: running", "elit: exit 0")
+  did = spot_run(tmp_path, (*TAKEN_AWAY, "ACTIVE"), runs, failing)
+  assert did == MADE_ANEW
+  first, second = (c for c in calls(tmp_path, "gcloud") if "--workdir" in c)
+  assert second == first.replace(" start ", " resume ")
+
+
+@pytest.mark.parametrize(
+  ("failing", "did"),
+  [
+    ("install", [*MADE_ANEW[:4], "install", "resume"]),
+    ("resume", [*MADE_ANEW, "resume"]),
+  ],
+)
+def test_what_fails_on_a_new_slice_is_tried_again(tmp_path, failing, did):
+  runs = ("elit: running", "elit: exit 0")
+  states = (*TAKEN_AWAY, "ACTIVE", "ACTIVE")
+  assert spot_run(tmp_path, states, runs, (failing,)) == did
+
+
+def test_a_slice_that_could_not_be_asked_for_is_asked_for_again(tmp_path):
+  states = ("SUSPENDED", "gone", "PROVISIONING", "ACTIVE", "ACTIVE")
+  did = spot_run(tmp_path, states, ("elit: exit 0",), ("resources create",))
+  assert did == ["start", "delete", "create", "create", "install", "resume"]
+
+
+@pytest.mark.parametrize("code", [75, 134, 143])
 def test_a_run_that_lost_a_peer_or_saved_is_started_again(tmp_path, code):
-  runs = [f"elit: exit {code}", "elit: exit 0"]
-  assert spot_run(tmp_path, ["ACTIVE"] * 2, runs) == ["start", "start"]
+  runs = (f"elit: exit {code}", "elit: exit 0")
+  assert spot_run(tmp_path, ("ACTIVE",) * 2, runs) == ["start", "resume"]
 
 
-def test_an_error_is_not_tried_again(tmp_path):
-  did = spot_run(tmp_path, ["ACTIVE"] * 2, ["elit: exit 2", "elit: exit 0"], code=2)
+def test_a_host_that_has_lost_its_run_makes_it_start_again(tmp_path):
+  runs = ("elit: none|elit: none", "elit: exit 0|elit: exit 0")
+  assert spot_run(tmp_path, ("ACTIVE",) * 2, runs) == ["start", "resume"]
+
+
+@pytest.mark.parametrize(
+  ("said", "code"),
+  [
+    ("elit: exit 2", 2),
+    ("elit: exit 134|elit: exit 1", 1),
+    ("elit: exit 1|elit: exit 75", 1),
+    ("elit: exit 134|elit: exit 137", 137),
+  ],
+)
+def test_an_error_is_not_tried_again_and_is_the_exit_code(tmp_path, said, code):
+  assert spot_run(tmp_path, ("ACTIVE",), (said,), code=code) == ["start"]
+
+
+@pytest.mark.parametrize(
+  "said", ["stopped 75|elit: running", "stopped 75|elit: exit 75"]
+)
+def test_a_stop_ends_the_watching_once_none_runs(tmp_path, said):
+  runs = (f"elit: {said}", "elit: stopped 75|elit: stopped 0")
+  assert spot_run(tmp_path, ("ACTIVE",) * 2, runs, code=75) == ["start"]
+
+
+@pytest.mark.parametrize("state", ["DELETING", "gone"])
+def test_a_slice_that_another_deletes_is_not_made_anew(tmp_path, state):
+  states = (*TAKEN_AWAY[:4], state)
+  did = spot_run(tmp_path, states, ("elit: running",), code=75)
+  assert did == ["start", "delete", "create"]
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_it_gives_up_after_so_many_restarts(tmp_path, restarts):
+  env = cloud(tmp_path, ("ACTIVE",) * 9, ("elit: exit 134",) * 9)
+  done = bash(*SPOT, f"--restarts={restarts}", *RUN, env=env, code=1)
+  assert done_to(tmp_path) == ["start", *["resume"] * restarts]
+  assert f"gave up after {restarts} restarts (exit 134)" in done.stderr
+  assert "stop --delete" in done.stderr  # it still costs money
+
+
+@pytest.mark.parametrize(
+  ("between", "made"),
+  [
+    (("SUSPENDING", "SUSPENDED"), ["delete", "create"]),
+    (("WAITING_FOR_RESOURCES", "PROVISIONING"), []),
+  ],
+)
+def test_a_watch_can_be_taken_up_again(tmp_path, between, made):
+  """Also where the slice has been taken away in the meantime."""
+  states = (*between, "ACTIVE", "ACTIVE")
+  did = spot_run(tmp_path, states, ("elit: exit 0",), ("worker.sh start",))
+  assert did == ["start", *made, "install", "resume"]
+
+
+@pytest.mark.parametrize("state", ["ACTIVE", "gone"])
+def test_a_run_that_cannot_start_is_an_error(tmp_path, state):
+  did = spot_run(tmp_path, (state,), (), ("worker.sh start",), code=1)
   assert did == ["start"]
+
+
+@pytest.mark.parametrize(
+  ("state", "code", "did"),
+  [("ACTIVE", 1, []), ("gone", 1, []), ("SUSPENDED", 0, ["delete"])],
+)
+def test_what_could_not_be_stopped_is_deleted_only_if_nothing_runs(
+  tmp_path, state, code, did
+):
+  env = cloud(tmp_path, (state,), failing=("worker.sh stop",))
+  bash(*POD, "stop", "--delete", env=env, code=code)
+  assert done_to(tmp_path) == did
+
+
+def test_waiting_for_a_slice_ends_where_it_is_deleted(tmp_path):
+  env = cloud(tmp_path, ("WAITING_FOR_RESOURCES", "DELETING"))
+  done = bash(*POD, *NEW, "--poll=0", "create", env=env, code=1)
+  assert "deleted" in done.stderr
+
+
+SLEEPS = """
+[[ $1 == main.py ]] || exit 0
+trap 'kill $!; exit ${LEAVES:-${ELIT_REQUEUE_CODE:-0}}' TERM
+sleep 60 &
+echo up >>"$ELIT_STATE/up"
+wait
+"""
+# The one host is this machine: what it is told to do is done, by tpu_worker.sh itself.
+HOST = """
+for word in "$@"; do
+  if [[ $word == --command=* ]]; then
+    cd "$FAKES/home"
+    exec bash -c "${word#--command=}"
+  fi
+done
+sleep 0.1
+echo ACTIVE
+"""
+
+
+def test_a_preemption_is_no_success_and_a_stop_is_the_end(tmp_path):
+  """The watched run leaves on a SIGTERM that nobody has asked for, then on a stop."""
+  fake(tmp_path, "gcloud", HOST)
+  fake(tmp_path, "python", SLEEPS)
+  (tmp_path / "home").mkdir()
+  (tmp_path / "home/elit_jax").symlink_to(ROOT)
+  state = tmp_path / "state"
+  env = {**on_path(tmp_path), "FAKES": str(tmp_path), "ELIT_STATE": str(state)}
+  env |= {"PYTHON": str(tmp_path / "python")}
+
+  def times_up() -> int:
+    return len((state / "up").read_text().split()) if (state / "up").exists() else 0
+
+  watch = subprocess.Popen(["bash", *SPOT, *RUN], cwd=ROOT, env={**os.environ, **env})
+  try:
+    wait_for(lambda: times_up() == 1)
+    os.kill(int((state / "pid").read_text()), signal.SIGTERM)
+    wait_for(lambda: times_up() == 2)
+    assert watch.poll() is None
+    assert "elit: stopped 75" in bash(*POD, "stop", env=env).stdout
+    assert watch.wait(30) == 75
+  finally:
+    watch.kill()
+    bash("launch/tpu_worker.sh", "stop", env=env)
+  assert done_to(tmp_path) == ["start", "resume"] and times_up() == 2
+  assert len([call for call in calls(tmp_path, "python") if FLAGS[0] in call]) == 2
 
 
 @pytest.fixture
 def worker(tmp_path):
   """tpu_worker.sh with a python that sleeps until SIGTERM, and its own state."""
-  fake(tmp_path, "python", 'trap "exit ${LEAVES:-0}" TERM; sleep 60 & wait')
+  fake(tmp_path, "python", SLEEPS)
   state = {"PYTHON": str(tmp_path / "python"), "ELIT_STATE": str(tmp_path / "state")}
 
   def run(*words: str, **kwargs) -> str:
@@ -422,15 +729,59 @@ def wait_for(condition) -> None:
 
 def test_a_worker_runs_in_the_background_and_stops_on_request(worker, tmp_path):
   assert worker("status") == "elit: none"
-  worker("start", *FLAGS, env={"LEAVES": "75"})
+  worker("start", *FLAGS, env={"LEAVES": "9"})
   assert worker("status") == "elit: running"
-  worker("start", *FLAGS, code=2)  # one at a time
-  wait_for(lambda: calls(tmp_path, "python"))
+  worker("start", "--config=other", code=2)  # one at a time
+  assert worker("start", *FLAGS) == "elit: running"  # asked twice
+  wait_for((tmp_path / "state/up").exists)
   assert calls(tmp_path, "python") == [f"python main.py {' '.join(FLAGS)}"]
-  time.sleep(0.2)  # the trap of the fake
-  assert worker("stop") == worker("status") == "elit: exit 75"
+  assert worker("stop") == worker("status") == "elit: stopped 9"
   worker("start", *FLAGS)
   assert worker("status") == "elit: running"
+
+
+def test_what_is_stopped_is_started_by_request_alone(worker, tmp_path):
+  """A watcher may have looked just before the stop."""
+  worker("start", *FLAGS)
+  wait_for((tmp_path / "state/up").exists)
+  os.kill(int((tmp_path / "state/pid").read_text()), signal.SIGTERM)
+  wait_for((tmp_path / "state/exit").exists)
+  assert worker("status") == "elit: exit 75"
+  assert worker("stop") == worker("resume", *FLAGS) == "elit: stopped 75"
+  assert len(calls(tmp_path, "python")) == 1
+  assert worker("start", *FLAGS) == "elit: started"
+  wait_for(lambda: len((tmp_path / "state/up").read_text().split()) == 2)
+  os.kill(int((tmp_path / "state/pid").read_text()), signal.SIGTERM)
+  wait_for((tmp_path / "state/exit").exists)
+  assert worker("status") == "elit: exit 75"  # that stop was of the run before
+
+
+def test_a_worker_that_does_not_leave_is_said_to_run(worker, tmp_path):
+  fake(tmp_path, "python", SLEEPS.replace("kill $!; exit", "sleep 2; kill $!; exit"))
+  worker("start", *FLAGS)
+  wait_for((tmp_path / "state/up").exists)
+  worker("stop", env={"ELIT_STOP_SECONDS": "0"}, code=2)
+  assert worker("status") == "elit: running"
+  assert worker("stop") == "elit: stopped 75"
+
+
+def test_what_fails_before_python_is_an_exit_too(worker, tmp_path):
+  worker("start", *FLAGS, env={"ELIT_TPU_FLAGS": "fast"})
+  wait_for((tmp_path / "state/exit").exists)
+  assert worker("status") == "elit: exit 1"
+  assert '"fast"' in worker("log")
+
+
+def test_a_number_that_another_program_has_now_is_no_run(worker, tmp_path):
+  (tmp_path / "state").mkdir()
+  with subprocess.Popen(["sleep", "60"]) as other:
+    (tmp_path / "state/pid").write_text(f"{other.pid}\n")
+    try:
+      assert worker("status") == "elit: none"
+      worker("stop")
+      assert other.poll() is None
+    finally:
+      other.kill()
 
 
 # --- GKE ------------------------------------------------------------------------------
@@ -519,6 +870,13 @@ def test_gpu_pods_find_each_other():
   assert container_of(jobset)["resources"]["limits"] == {"nvidia.com/gpu": 8}
 
 
+def test_gpu_pods_may_write_to_a_new_share():
+  """Its top belongs to root, and the image has a user of its own."""
+  jobset = yaml.safe_load((LAUNCH / "gke/jobset_gpu.yaml").read_text())
+  assert re.search(r"^USER (?!root)", (LAUNCH / "Containerfile.cuda").read_text(), re.M)
+  assert job_of(jobset)["template"]["spec"]["securityContext"] == {"runAsUser": 0}
+
+
 def test_tpu_pods_cover_the_slice():
   jobset = yaml.safe_load((LAUNCH / "gke/jobset_tpu.yaml").read_text())
   job = job_of(jobset)
@@ -547,6 +905,12 @@ def test_xpk_is_given_the_same_contract():
   assert shlex.split(line) == ["exec", "python", "main.py", *FLAGS]
 
 
+def test_xpk_is_told_where_the_cluster_is_if_it_must_be():
+  command = shlex.split(bash(*XPK, "--project=p", "--zone=z", "--", "a").stdout)
+  assert {"--project=p", "--zone=z"} <= set(command)
+  assert not any("--zone" in w for w in shlex.split(bash(*XPK, "--", "a").stdout))
+
+
 @pytest.mark.parametrize("words", [XPK[1:], (*XPK[1:3], "--", "a"), ("--nodes=2",)])
 def test_what_xpk_does_not_understand_is_refused(words):
   assert bash(XPK[0], *words, code=2).stderr.startswith("error: ")
@@ -564,6 +928,8 @@ def test_containers_hold_what_a_run_needs_and_say_that_they_are_not_built(path):
   assert all((ROOT / name).exists() for name in copied)
   extra = {"cuda": "jax[cuda12]", "tpu": "jax[tpu]"}[path.suffix[1:]]
   assert extra in text
+  platforms = {"cuda": "cuda,cpu", "tpu": "tpu,cpu"}[path.suffix[1:]]
+  assert f"JAX_PLATFORMS={platforms} " in text
 
 
 def test_the_readme_names_every_file_and_the_contract():
@@ -572,7 +938,8 @@ def test_the_readme_names_every_file_and_the_contract():
     name = path.relative_to(LAUNCH).as_posix()
     helpers = {"README.md", "slurm_step.sh", "tpu_worker.sh", "env/common.sh"}
     assert path.is_dir() or name in helpers or name in text, name
-  for word in ("ELIT_REQUEUE_CODE", "134", "JAX_COMPILATION_CACHE_DIR", "gs://"):
+  words = ("ELIT_REQUEUE_CODE", "134", "JAX_COMPILATION_CACHE_DIR", "gs://", "ssh-add")
+  for word in words:
     assert word in text
   assert "What has been run so far" in text
   assert len(text.splitlines()) <= 80
