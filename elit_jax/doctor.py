@@ -33,6 +33,7 @@ from elit_jax.data.pipeline import Loader
 from elit_jax.logs import import_wandb
 from elit_jax.models import denoiser, spec
 from elit_jax.nn import attention as attention_lib
+from elit_jax.nn.partition import BATCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +196,8 @@ def mesh(config: Config, workdir: pathlib.Path | None) -> Finding:
   sharding.batch_share(made)
   sharding.place(made, denoiser.abstract_params(config_lib.build_model(config)))
   axes = " x ".join(f"{name} {size}" for name, size in made.shape.items())
-  rows = config.train.batch_size // math.prod(made.shape[a] for a in ("data", "fsdp"))
-  return Finding("mesh", True, f"{axes}; {rows} examples a device and step")
+  rows = config.train.batch_size // math.prod(made.shape[axis] for axis in BATCH)
+  return Finding("mesh", True, f"{axes}; examples a device and step: {rows}")
 
 
 def memory(config: Config, workdir: pathlib.Path | None) -> Finding:
@@ -363,10 +364,7 @@ def step_seconds(config: Config) -> float:
   model, shape = config_lib.build_model(config), config.data.shape
   budgets = config_lib.budgets(config, model)
   flops = 3 * min(spec.flops(model, shape, budget) for budget in budgets)
-  # Virtual CPU devices share the cores of their process.
-  one = jax.local_devices()[0].platform == "cpu"
-  count = jax.process_count() if one else jax.device_count()
-  rate = _rate(config.model.dtype) * count
+  rate = _rate(config.model.dtype) * roofline.workers()
   return max(flops * config.train.batch_size / rate, SHORTEST)
 
 

@@ -125,7 +125,7 @@ class Log:
 
   def _write(self, step: int, images: int) -> None:
     names, losses, norms, bad, prices = zip(*self.window, strict=True)
-    # Programs are compiled by then, so that the first rate is like the others.
+    # So that the first line has a rate. It is like the others: nothing compiles here.
     self._progress.begin(step - self._fresh, self._seconds)
     now = time.monotonic()
     seconds, self._seconds = max(now - self._seconds, 1e-9), now
@@ -177,8 +177,7 @@ def peak_flops(dtype: str) -> float:
     if dtype not in _measured:
       _measured[dtype] = roofline.matmul_rate(dtype, rounds=3, seconds=0.5)
     rate, source = _measured[dtype], f"as measured in {dtype} products"
-    if jax.default_backend() == "cpu":
-      devices = jax.process_count()  # virtual devices share the cores of one
+    devices = roofline.workers()
   logging.info(
     "MFU 100%% is %.4g TFLOP/s: %d x %s, %s",
     1e-12 * devices * rate,

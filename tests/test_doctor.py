@@ -278,7 +278,7 @@ def test_a_mesh_that_fits(config):
   )
   finding = look(doctor.mesh, fitting)
   assert finding.ok
-  assert finding.found == "data 4 x fsdp 2 x tensor 1; 4 examples a device and step"
+  assert finding.found == "data 4 x fsdp 2 x tensor 1; examples a device and step: 4"
 
 
 @pytest.mark.parametrize(
@@ -436,6 +436,8 @@ def test_a_step_takes_as_long_as_its_flops(config, monkeypatch):
   assert doctor.step_seconds(changed(config, "train", batch_size=size)) == 2 * once
   monkeypatch.setattr(doctor, "_rate", lambda dtype: 4e9)
   assert doctor.step_seconds(config) == once / 4
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert doctor.step_seconds(config) == once / 4 / 8  # which share nothing
 
 
 def test_but_no_step_is_shorter_than_its_overhead(config, monkeypatch):
