@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elit_jax import config as config_lib
-from elit_jax import sharding, trees
+from elit_jax import memory, sharding, trees
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, spec
@@ -60,6 +60,7 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
     "flops": {name: sum(row.flops for row in rows) for name, rows in columns.items()},
     "stages": stages,
     "mesh": list(config.mesh),
+    "mesh_counted": list(_counted(config.mesh)),
     "placement": placement(config, model),
   }
 
@@ -73,10 +74,9 @@ def matches(model: spec.Model) -> list[sharding.Match]:
 def placement(config: Config, model: spec.Model) -> list[dict[str, Any]]:
   """Every parameter with its rule, its axes and the bytes of it on one device.
 
-  Averages and both moments go the same way, so that each takes as much again. A -1 of
-  the mesh is not known here, and counted as 1.
+  Averages and both moments go the same way, so that each takes as much again.
   """
-  sizes = dict(zip(AXES, (max(n, 1) for n in config.mesh), strict=True))
+  sizes = dict(zip(AXES, _counted(config.mesh), strict=True))
   return [
     {
       "path": match.path,
@@ -87,6 +87,11 @@ def placement(config: Config, model: spec.Model) -> list[dict[str, Any]]:
     }
     for match in matches(model)
   ]
+
+
+def _counted(mesh: Sequence[int]) -> Sequence[int]:
+  """The mesh that bytes are counted for: what -1 stands for only the run will know."""
+  return [max(n, 1) for n in mesh]
 
 
 def _spec(model: spec.Model, row: int) -> str:
@@ -122,15 +127,22 @@ def _placement(description: dict[str, Any]) -> str:
     rows.setdefault(row["rule"], []).append(row)
   total = sum(row["bytes_per_device"] for row in description["placement"])
   lines = [
-    f"mesh (data, fsdp, tensor) = {tuple(description['mesh'])}: {total / 1e6:,.1f} MB "
+    f"mesh (data, fsdp, tensor) = {tuple(description['mesh'])}: {memory.size(total)} "
     "of parameters on a device, and as much for each average and each of two moments"
   ]
+  # Copies along `data` are whole, however many.
+  if -1 in description["mesh"][1:]:
+    counted = tuple(description["mesh_counted"])
+    lines.append(
+      f"  -1 depends on the machine, so that this is counted for {counted}: no device "
+      "will hold more"
+    )
   for rule, found in rows.items():
     lines.append(f"  rule {rule}")
     lines += [
       f"    {row['path']} {tuple(row['shape'])} -> "
       f"({', '.join(axis or '-' for axis in row['axes'])}), "
-      f"{row['bytes_per_device'] / 1e6:,.3f} MB"
+      f"{memory.size(row['bytes_per_device'])}"
       for row in found
     ]
   return "\n".join(lines)

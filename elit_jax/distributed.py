@@ -14,8 +14,10 @@ import sys
 import threading
 import traceback
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -30,6 +32,17 @@ T = TypeVar("T")
 EXPLICIT = ("ELIT_COORDINATOR", "ELIT_PROCESS_COUNT", "ELIT_PROCESS_INDEX")
 
 
+class Launcher(NamedTuple):
+  """Who has started this process, and how many there are.
+
+  processes: None where only jax can find out. arguments: what it cannot find out.
+  """
+
+  name: str
+  processes: int | None
+  arguments: Mapping[str, Any] = MappingProxyType({})
+
+
 def start(env: Mapping[str, str] = os.environ) -> None:
   """Joins the processes of a run, before anything touches a device.
 
@@ -38,26 +51,29 @@ def start(env: Mapping[str, str] = os.environ) -> None:
   noticed after ELIT_HEARTBEAT_SECONDS (100), which ends the process, too.
   """
   quit_code(env)  # said now, not when the run is to be saved
-  arguments = _explicit(env)
-  if arguments is None and not _in_cluster(env):
+  found = launcher(env)
+  if found.processes == 1:
     return
   seconds = _whole(env, "ELIT_START_SECONDS", 300)
   heartbeat = _whole(env, "ELIT_HEARTBEAT_SECONDS", 100)
-  expected = (arguments or {}).get("num_processes") or _whole(env, "SLURM_NTASKS", 0)
-  where = (arguments or {}).get("coordinator_address") or "the coordinator"
+  where = found.arguments.get("coordinator_address", "the coordinator")
+  if found.arguments.get("process_id") == 0:
+    _check_free(where)
   with _or_die(seconds, f"the processes of this run did not meet at {where}"):
     try:
       jax.distributed.initialize(
-        **(arguments or {}),
+        **found.arguments,
         initialization_timeout=seconds + 60,  # jax would abort with a C++ trace
         heartbeat_timeout_seconds=heartbeat,
-        shutdown_timeout_seconds=max(heartbeat, 30),
+        shutdown_timeout_seconds=max(heartbeat, 30),  # the last may still be writing
       )
     except (RuntimeError, ValueError) as error:
       reason = str(error).splitlines()[0]
+      if found.processes is None:  # that there are any is only a guess
+        reason += "; if there is but this one, set ELIT_PROCESS_COUNT=1"
       raise ConfigError(f"the processes of this run cannot join: {reason}") from None
     count = jax.process_count()
-    counts = multihost_utils.process_allgather(np.int32(expected or count))
+    counts = multihost_utils.process_allgather(np.int32(found.processes or count))
   if np.any(counts != count):
     raise ConfigError(
       f"the launcher promised {int(counts.max())} processes and {count} have joined: "
@@ -67,16 +83,41 @@ def start(env: Mapping[str, str] = os.environ) -> None:
   logging.info("process %d of %d | %s", jax.process_index(), count, devices)
 
 
-def _explicit(env: Mapping[str, str]) -> dict | None:
-  """Arguments of jax.distributed.initialize that a launcher has spelt out."""
+def launcher(env: Mapping[str, str] = os.environ) -> Launcher:
+  """What the environment says; ConfigError where it contradicts itself."""
+  if env.get("ELIT_PROCESS_COUNT") == "1":  # the user: look for no others
+    return Launcher("ELIT_PROCESS_COUNT", 1)
+  if any(env.get(name) for name in EXPLICIT):
+    return _explicit(env)
+  if (count := _whole(env, "SLURM_NTASKS", 1)) > 1:
+    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
+      raise ConfigError(
+        f"SLURM_NTASKS is {count} but this is no step of the job: start it with srun, "
+        "or unset SLURM_NTASKS for one process"
+      )
+    return Launcher("SLURM", count)
+  if (count := _whole(env, "OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    return Launcher("Open MPI", count)
+  hosts = env.get("TPU_WORKER_HOSTNAMES") or env.get("TPU_PROCESS_ADDRESSES") or ""
+  # A TPU VM does not say in its environment that it is one of many: jax asks it.
+  if "," in hosts or may_have_tpu():
+    return Launcher("TPU slice", None)
+  return Launcher("none", 1)
+
+
+def may_have_tpu() -> bool:
+  """Whether this host has the devices through which TPUs are reached."""
+  return os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
+
+
+def _explicit(env: Mapping[str, str]) -> Launcher:
+  """A launcher that has spelt out all of EXPLICIT."""
   given = [name for name in EXPLICIT if env.get(name)]
-  if not given or _is_alone(env):
-    return None
   if missing := [name for name in EXPLICIT if name not in given]:
     raise ConfigError(f"{given[0]} is set but {missing[0]} is not: set all or none")
   host, colon, port = env["ELIT_COORDINATOR"].rpartition(":")
   count, index = (_whole(env, name, 0) for name in EXPLICIT[1:])
-  if not host or not colon or not port.isdigit():
+  if not host or not colon or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise ConfigError(
       f"ELIT_COORDINATOR is {env['ELIT_COORDINATOR']!r}: it must be host:port"
     )
@@ -85,56 +126,33 @@ def _explicit(env: Mapping[str, str]) -> dict | None:
       f"ELIT_PROCESS_INDEX is {index} of ELIT_PROCESS_COUNT {count}: it must lie in "
       f"0..{count - 1}"
     )
-  if index == 0 and not _is_free(int(port)):
-    raise ConfigError(
-      f"port {port} of ELIT_COORDINATOR is taken on this host: is another process 0 "
-      "running, or another run? Choose a free port"
-    )
-  return {
+  arguments = {
     "coordinator_address": env["ELIT_COORDINATOR"],
     "num_processes": count,
     "process_id": index,
   }
-
-
-def _is_alone(env: Mapping[str, str]) -> bool:
-  """Whether the user says so: ELIT_PROCESS_COUNT=1 stops all looking for peers."""
-  return env.get("ELIT_PROCESS_COUNT") == "1"
-
-
-def _in_cluster(env: Mapping[str, str]) -> bool:
-  """Whether jax will find peers by itself; ConfigError for half a SLURM job."""
-  if _is_alone(env):
-    return False
-  if _whole(env, "SLURM_NTASKS", 1) > 1:
-    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
-      raise ConfigError(
-        f"SLURM_NTASKS is {env['SLURM_NTASKS']} but this is no step of the job: start "
-        "it with srun, or unset SLURM_NTASKS for one process"
-      )
-    return True
-  if _whole(env, "OMPI_COMM_WORLD_SIZE", 1) > 1:
-    return True
-  hosts = env.get("TPU_WORKER_HOSTNAMES") or env.get("TPU_PROCESS_ADDRESSES") or ""
-  # A TPU VM does not say in its environment that it is one of many: jax asks it.
-  return "," in hosts or os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")
+  return Launcher("ELIT_COORDINATOR", count, arguments)
 
 
 def _whole(env: Mapping[str, str], name: str, default: int) -> int:
   text = env.get(name) or str(default)
-  if not text.isdigit():
+  if not text.isdecimal():
     raise ConfigError(f"{name} is {text!r}: it must be a whole number")
   return int(text)
 
 
-def _is_free(port: int) -> bool:
+def _check_free(address: str) -> None:
+  """Raises ConfigError if the port of host:port is taken here, where it is to be."""
+  port = int(address.rpartition(":")[2])
   with socket.socket() as probe:
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
       probe.bind(("", port))
     except OSError:
-      return False
-  return True
+      raise ConfigError(
+        f"port {port} of ELIT_COORDINATOR is taken on this host: is another process 0 "
+        "running, or another run? Choose a free port"
+      ) from None
 
 
 @contextlib.contextmanager
@@ -164,6 +182,22 @@ def _or_die(seconds: float, what: str) -> Iterator[None]:
 def is_leader() -> bool:
   """Whether this process writes what is written once."""
   return jax.process_index() == 0
+
+
+def processes_here() -> int:
+  """How many processes of this run are on this host; all of them must ask."""
+  if jax.process_count() == 1:
+    return 1
+  hosts = multihost_utils.process_allgather(np.uint32(zlib.crc32(_host().encode())))
+  return int(np.sum(hosts == hosts[jax.process_index()]))
+
+
+def _host() -> str:
+  """What tells this host from others, also from those of the same name."""
+  try:  # of containers, which share its memory, too
+    return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
+  except OSError:  # not Linux
+    return socket.gethostname()
 
 
 def on_leader(action: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import math
+import netrc
 import os
 import pathlib
 import re
@@ -18,24 +19,29 @@ import shutil
 import sys
 import textwrap
 import time
+import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
 from elit_jax import config as config_lib
 from elit_jax import distributed, environment, roofline, sharding
+from elit_jax import memory as memory_lib
 from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.pipeline import Loader
+from elit_jax.logs import import_wandb
 from elit_jax.models import denoiser, spec
 from elit_jax.nn import attention as attention_lib
+from elit_jax.nn.partition import BATCH
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
   """What a check has found.
 
-  ok: False needs `advice` to be followed, None could not be judged.
+  ok: False stops or slows a run, which its `advice` mends. None is a note: it need not
+  be bad, or could not be judged.
   """
 
   name: str
@@ -52,7 +58,10 @@ PYTHON_FLOOR = "3.11"  # that of pyproject.toml
 
 ENOUGH = 10  # times faster than training needs them should examples come
 BUSY = 0.8  # load a core above which timings mean little
-STATE_BYTES = 16  # a parameter in fp32, its average and two moments
+# Seconds below which no step is assumed to fall. Launching hundreds of small operations
+# is what small steps cost: SiT-tiny at batch 32, whose products take 2 ms, takes 12 on
+# two CPU cores. Not measured on accelerators.
+SHORTEST = 5e-3
 
 
 # --- the checks -----------------------------------------------------------------------
@@ -135,42 +144,17 @@ def _version(package: str) -> str:
     return "none"
 
 
-def start(config: Config, workdir: pathlib.Path | None) -> Finding:
-  """Whether the processes of a run meet; a refusal is raised, and becomes a finding."""
-  distributed.start()
-  return Finding("start", True, f"{jax.process_count()} in all")
-
-
 def launcher(config: Config, workdir: pathlib.Path | None) -> Finding:
-  """Who says how many processes there are, and whether that many have met."""
-  env, count = os.environ, jax.process_count()
-  explicit = [name for name in distributed.EXPLICIT if env.get(name)]
-  tasks = int(env.get("SLURM_NTASKS") or 1)
-  if explicit:
-    missing = [name for name in distributed.EXPLICIT if name not in explicit]
-    promised = env.get("ELIT_PROCESS_COUNT", "")
-    seen = f"explicit: {promised or '?'} processes at {env.get(explicit[0])}"
-    if missing and promised != "1":
-      return Finding("launcher", False, seen, f"set {', '.join(missing)} as well")
-  elif tasks > 1:
-    promised = str(tasks)
-    seen = f"SLURM: {tasks} tasks"
-    if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
-      advice = "start with srun inside the job, or unset SLURM_NTASKS for one process"
-      return Finding("launcher", False, f"{seen}, but this is no step", advice)
-    if idle := _idle_gpus(env):
-      return Finding("launcher", False, f"{seen}; {idle}", "see launch/README.md")
-  elif int(env.get("OMPI_COMM_WORLD_SIZE") or 1) > 1:
-    promised = env["OMPI_COMM_WORLD_SIZE"]
-    seen = f"Open MPI: {promised} processes"
-  elif env.get("TPU_WORKER_HOSTNAMES") or jax.default_backend() == "tpu":
-    promised, seen = "", f"TPU slice of {count} hosts"
-  else:
-    promised, seen = "1", "none: one process"
-  if promised and promised != str(count):
-    advice = "start as many as the launcher says, all with the same coordinator"
-    return Finding("launcher", False, f"{seen}, of which {count} have met", advice)
-  return Finding("launcher", True, seen)
+  """Who says how many processes there are, and whether that many meet.
+
+  What stands against that is raised, and becomes a finding.
+  """
+  distributed.start()
+  by, count = distributed.launcher(), jax.process_count()
+  found = f"{by.name}: {count} process{'es' if count > 1 else ''}"
+  if by.name == "SLURM" and (idle := _idle_gpus(os.environ)):
+    return Finding("launcher", False, f"{found}; {idle}", "see launch/README.md")
+  return Finding("launcher", True, found)
 
 
 def _idle_gpus(env: Mapping[str, str]) -> str:
@@ -191,15 +175,15 @@ def _idle_gpus(env: Mapping[str, str]) -> str:
 def devices(config: Config, workdir: pathlib.Path | None) -> Finding:
   """What jax computes on."""
   first = jax.local_devices()[0]
-  memory = (first.memory_stats() or {}).get("bytes_limit")
-  size = f", {memory / 2**30:.1f} GiB each" if memory else ""
+  limit = (first.memory_stats() or {}).get("bytes_limit")
+  size = f", {memory_lib.size(limit)} each" if limit else ""
   found = f"{jax.device_count()} x {first.device_kind} ({first.platform}){size}"
   asked = os.environ.get("JAX_PLATFORMS", "")
   if first.platform == "cpu" and "cpu" not in asked:
     if shutil.which("nvidia-smi"):
       advice = 'there is an NVIDIA driver: pip install "jax[cuda12]", see BUILD.md'
       return Finding("devices", False, found, advice)
-    if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
+    if distributed.may_have_tpu():
       advice = 'there may be a TPU: pip install "jax[tpu]", see BUILD.md'
       return Finding("devices", False, found, advice)
   return Finding("devices", True, found)
@@ -212,8 +196,29 @@ def mesh(config: Config, workdir: pathlib.Path | None) -> Finding:
   sharding.batch_share(made)
   sharding.place(made, denoiser.abstract_params(config_lib.build_model(config)))
   axes = " x ".join(f"{name} {size}" for name, size in made.shape.items())
-  rows = config.train.batch_size // math.prod(made.shape[a] for a in ("data", "fsdp"))
-  return Finding("mesh", True, f"{axes}; {rows} examples a device and step")
+  rows = config.train.batch_size // math.prod(made.shape[axis] for axis in BATCH)
+  return Finding("mesh", True, f"{axes}; examples a device and step: {rows}")
+
+
+def memory(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Whether the state fits on a device; what a step works with comes on top."""
+  made = sharding.make_mesh(config.mesh)
+  params = denoiser.abstract_params(config_lib.build_model(config))
+  needed = _copies(config) * memory_lib.bytes_on_device(sharding.place(made, params))
+  free = memory_lib.free_here()
+  found = f"parameters, averages and moments take {memory_lib.size(needed)} on a device"
+  if free is None:
+    advice = "compare that with what it has, which it does not say"
+    return Finding("memory", None, found, advice)
+  found += f", {memory_lib.size(free)} are free"
+  if needed > free:
+    return Finding("memory", False, found, memory_lib.SMALLER_STATE)
+  return Finding("memory", True, found)
+
+
+def _copies(config: Config) -> int:
+  """Arrays of a training state for each parameter: itself, two moments, averages."""
+  return 3 + len(config.optim.ema)
 
 
 def attention(config: Config, workdir: pathlib.Path | None) -> Finding:
@@ -258,11 +263,12 @@ def disk(config: Config, workdir: pathlib.Path | None) -> Finding:
   free = shutil.disk_usage(place).free
   model = config_lib.build_model(config)
   parameters = denoiser.parameter_counts(model, config.data.shape)
-  size = STATE_BYTES * (sum(parameters.values()) - parameters["position_table"])
+  trained = sum(parameters.values()) - parameters["position_table"]
+  size = 4 * _copies(config) * trained  # all in fp32
   # One more than are kept, while it is written.
   kept = config.checkpoint.keep + 1
   kept += config.train.steps // config.checkpoint.keep_every
-  found = f"{free / 1e9:.1f} GB free, {kept} checkpoints of {size / 1e9:.3g} GB"
+  found = f"{memory_lib.size(free)} free, {kept} checkpoints of {memory_lib.size(size)}"
   if free < kept * size:
     advice = "use a larger disk, lower config.checkpoint.keep or raise keep_every"
     return Finding("disk", False, found, advice)
@@ -279,7 +285,7 @@ def host(config: Config, workdir: pathlib.Path | None) -> Finding:
     return Finding("host", False, found, advice)
   if load > BUSY * cores:
     advice = "others compute here: timings, also those below, mean little"
-    return Finding("host", False, found, advice)
+    return Finding("host", None, found, advice)
   return Finding("host", True, found)
 
 
@@ -323,15 +329,16 @@ def loader(config: Config, workdir: pathlib.Path | None) -> Finding:
   seconds = step_seconds(config)
   needed = config.train.batch_size / jax.process_count() / seconds
   found = (
-    f"{rate:,.0f} examples/s, {rate / needed:.3g} times what a step of at least "
-    f"{seconds:.2g} s asks of this host (estimate: FLOPs / matmul rate)"
+    f"{rate:,.0f} examples/s, {rate / needed:.3g} times what a process asks for if a "
+    f"step takes {seconds:.2g} s (estimate: FLOPs / matmul rate, at least "
+    f"{1e3 * SHORTEST:.0f} ms)"
   )
-  if rate < ENOUGH * needed:
-    advice = (
-      f"want {ENOUGH} times: more cores, a local disk, or latents prepared beforehand"
-    )
-    return Finding("loader", False, found, advice)
-  return Finding("loader", True, found)
+  if rate >= ENOUGH * needed:
+    return Finding("loader", True, found)
+  advice = (
+    f"want {ENOUGH} times: more cores, a local disk, or latents prepared beforehand"
+  )
+  return Finding("loader", False if rate < needed else None, found, advice)
 
 
 def loader_rate(source: sources.Source, batch_size: int, seconds: float = 1.0) -> float:
@@ -351,16 +358,45 @@ def loader_rate(source: sources.Source, batch_size: int, seconds: float = 1.0) -
 def step_seconds(config: Config) -> float:
   """An estimate, from below, of a training step at the cheapest budget.
 
-  Three forward passes' FLOPs at the rate that matrix products reach; what else there
-  is to do (norms, optimiser, talking to other devices) comes on top.
+  Three forward passes' FLOPs at the rate that matrix products reach, or SHORTEST; what
+  else there is to do (norms, optimiser, talking to other devices) comes on top.
   """
   model, shape = config_lib.build_model(config), config.data.shape
   budgets = config_lib.budgets(config, model)
   flops = 3 * min(spec.flops(model, shape, budget) for budget in budgets)
-  # Virtual CPU devices share the cores of their process.
-  one = jax.local_devices()[0].platform == "cpu"
-  count = jax.process_count() if one else jax.device_count()
-  return flops * config.train.batch_size / (_rate(config.model.dtype) * count)
+  rate = _rate(config.model.dtype) * roofline.workers()
+  return max(flops * config.train.batch_size / rate, SHORTEST)
+
+
+def wandb(config: Config, workdir: pathlib.Path | None) -> Finding:
+  """Whether Weights & Biases can be written to, where it is to be; it is not asked."""
+  if not config.wandb:
+    return Finding("wandb", True, "not asked for")
+
+  def look() -> str:
+    import_wandb()
+    return _wandb_login(os.environ)
+
+  if login := distributed.on_leader(look):
+    return Finding("wandb", True, f"project {config.wandb!r}, {login}")
+  advice = "wandb login, or export WANDB_API_KEY=..., or WANDB_MODE=offline"
+  return Finding("wandb", False, f"project {config.wandb!r}, but no login", advice)
+
+
+def _wandb_login(env: Mapping[str, str]) -> str:
+  """What wandb will log in with, as far as can be seen; empty if nothing."""
+  if env.get("WANDB_MODE") in ("offline", "disabled"):
+    return f"WANDB_MODE is {env['WANDB_MODE']}"
+  for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+    if env.get(name):
+      return f"login by {name}"
+  home = pathlib.Path.home()
+  server = urllib.parse.urlsplit(env.get("WANDB_BASE_URL") or "https://api.wandb.ai")
+  for path in (env.get("NETRC"), home / ".netrc", home / "_netrc"):
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+      if path and netrc.netrc(path).authenticators(server.hostname or ""):
+        return f"login in {path}"
+  return ""
 
 
 # In the order of the table. What comes after `flags` may touch a device, which ends the
@@ -368,16 +404,17 @@ def step_seconds(config: Config) -> float:
 CHECKS: tuple[Check, ...] = (
   versions,
   flags,
-  start,
   launcher,
   devices,
   mesh,
+  memory,
   attention,
   folder,
   disk,
   host,
   matmul,
   loader,
+  wandb,
 )
 
 

@@ -172,7 +172,7 @@ class Progress:
   """One line on how far a phase has come, how fast it goes and how long it will take.
 
   Rate and time left are those of the last `window` lines, so that compiling does not
-  count for ever; the first line has neither.
+  count for ever; the first line has neither unless it is known when the phase began.
   """
 
   def __init__(
@@ -197,6 +197,14 @@ class Progress:
     self._seen: collections.deque[tuple[float, int]] = collections.deque(
       maxlen=window + 1
     )
+
+  def begin(self, step: int, seconds: float) -> None:
+    """Notes that the phase stood at `step` when the clock showed `seconds`.
+
+    Only before the first line, which then has a rate, too.
+    """
+    if not self._seen:
+      self._seen.append((seconds, step))
 
   def update(
     self,

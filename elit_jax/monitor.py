@@ -17,7 +17,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import distributed, ema, files, optim, roofline, sample
+from elit_jax import distributed, ema, files, memory, optim, roofline, sample
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError, TrainingStopped
@@ -81,7 +81,9 @@ class Log:
     self._config, self._writer, self._examples = config, writer, examples
     self.window: list[list] = list(window)
     self._pending: tuple[int, int, Budget, Metrics] | None = None
-    self._progress = Progress("train", config.train.steps, config.train.batch_size)
+    self._progress = Progress(
+      "train", config.train.steps, config.train.batch_size, clock=time.monotonic
+    )
     self._peak = peak_flops(config.model.dtype)
     self._seconds = time.monotonic()
     self._waited = 0.0  # seconds of these for input
@@ -123,6 +125,8 @@ class Log:
 
   def _write(self, step: int, images: int) -> None:
     names, losses, norms, bad, prices = zip(*self.window, strict=True)
+    # So that the first line has a rate. It is like the others: nothing compiles here.
+    self._progress.begin(step - self._fresh, self._seconds)
     now = time.monotonic()
     seconds, self._seconds = max(now - self._seconds, 1e-9), now
     batch = self._config.train.batch_size
@@ -150,7 +154,7 @@ class Log:
       f"{row['gflops_per_image']:.3g} GFLOPs/image",
       f"MFU {row['mfu']:.1%}",
       f"input {row['input_wait']:.0%}",
-      f"{row['memory_gb']:.1f} GB",
+      memory.size(1e9 * row["memory_gb"]),
     )
     self._progress.update(step, {"loss": row["loss"]}, notes)
     self.window, self._fresh, self._waited = [], 0, 0.0
@@ -173,8 +177,7 @@ def peak_flops(dtype: str) -> float:
     if dtype not in _measured:
       _measured[dtype] = roofline.matmul_rate(dtype, rounds=3, seconds=0.5)
     rate, source = _measured[dtype], f"as measured in {dtype} products"
-    if jax.default_backend() == "cpu":
-      devices = jax.process_count()  # virtual devices share the cores of one
+    devices = roofline.workers()
   logging.info(
     "MFU 100%% is %.4g TFLOP/s: %d x %s, %s",
     1e-12 * devices * rate,

@@ -54,6 +54,14 @@ def peak_flops(device_kind: str) -> float | None:
   return PEAK_BF16.get(device_kind)
 
 
+def workers() -> int:
+  """Devices that compute side by side: virtual ones of a CPU share its process's cores.
+
+  So a process counts there, however many it has.
+  """
+  return jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
+
+
 def matmul_rate(
   dtype: Any,
   size: int | None = None,

@@ -207,10 +207,10 @@ def round_up(size: int, mesh: Mesh) -> int:
 def check_batch(size: int, pieces: int, mesh: Mesh) -> None:
   """Raises ConfigError unless `size` divides into (data x fsdp) x pieces."""
   data, fsdp = (mesh.shape[axis] for axis in BATCH)
-  devices = data * fsdp
+  devices, processes = data * fsdp, jax.process_count()
   if pieces < 1 or size < 1 or size % (devices * pieces):
     raise ConfigError(
       f"batch of {size} does not divide into {devices} devices (data {data} x fsdp "
-      f"{fsdp}, on {jax.process_count()} hosts) x {pieces} micro-batches: use a "
-      f"multiple of {devices * max(pieces, 1)}"
+      f"{fsdp}, on {processes} process{'es' if processes > 1 else ''}) x {pieces} "
+      f"micro-batches: use a multiple of {devices * max(pieces, 1)}"
     )

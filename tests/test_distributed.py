@@ -7,6 +7,7 @@ end_to_end/test_processes.py.
 import concurrent.futures
 import contextlib
 import os
+import pathlib
 import signal
 import socket
 import threading
@@ -62,6 +63,8 @@ def initialize(monkeypatch):
     (told(ELIT_COORDINATOR="host"), "ELIT_COORDINATOR is 'host': it must be host:port"),
     (told(ELIT_COORDINATOR=":1"), "ELIT_COORDINATOR is ':1': it must be host:port"),
     (told(ELIT_COORDINATOR="host:x"), "'host:x': it must be host:port"),
+    (told(ELIT_COORDINATOR="host:0"), "'host:0': it must be host:port"),
+    (told(ELIT_COORDINATOR="host:65536"), "'host:65536': it must be host:port"),
     (told(ELIT_PROCESS_COUNT="two"), "ELIT_PROCESS_COUNT is 'two': it must be a whole"),
     (told(ELIT_PROCESS_COUNT="-2"), "ELIT_PROCESS_COUNT is '-2': it must be a whole"),
     (told(ELIT_PROCESS_INDEX="2"), r"INDEX is 2 of \w+ 2: it must lie in 0\.\.1"),
@@ -84,6 +87,7 @@ def initialize(monkeypatch):
       "start it with srun, or unset SLURM_N",
     ),
     ({"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many': it must be a whole number"),
+    ({"OMPI_COMM_WORLD_SIZE": "²"}, "OMPI_COMM_WORLD_SIZE is '²': it must be a whole"),
   ],
 )
 def test_what_does_not_fit_is_refused(initialize, no_tpu, env, sentence):
@@ -101,8 +105,9 @@ def test_a_port_that_is_taken_is_refused(initialize):
     with pytest.raises(ConfigError, match=f"port {port} of ELIT_COORDINATOR is taken"):
       distributed.start(env)
     assert not initialize
-    # Only process 0 opens it.
-    assert distributed._explicit(env | {"ELIT_PROCESS_INDEX": "1"})
+    with pytest.raises(ConfigError, match="1 have joined"):  # only process 0 opens it
+      distributed.start(env | {"ELIT_PROCESS_INDEX": "1"})
+    assert len(initialize) == 1
 
 
 @pytest.mark.parametrize(
@@ -131,15 +136,39 @@ def test_alone_nothing_is_started(initialize, no_tpu, env):
     (STEP, {}),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, {}),
   ],
 )
 def test_peers_are_joined(cluster, initialize, no_tpu, env, arguments):
-  heard = env | {"ELIT_HEARTBEAT_SECONDS": "7"}
-  cluster(2)(lambda: distributed.start(heard))
-  assert len(initialize) == 2
+  cluster(2)(lambda: distributed.start(env))
+  # Ours is said before jax gives up; a peer is dead after 100 s without a sign.
+  patience = {
+    "initialization_timeout": 360,
+    "heartbeat_timeout_seconds": 100,
+    "shutdown_timeout_seconds": 100,
+  }
+  assert initialize == [arguments | patience] * 2
+
+
+@pytest.mark.parametrize(("heartbeat", "shutdown"), [("7", 30), ("45", 45)])
+def test_patience_can_be_set(cluster, initialize, monkeypatch, heartbeat, shutdown):
+  """Who dies is missed soon; who is only slow at the end is given half a minute."""
+  limits = []
+
+  @contextlib.contextmanager
+  def or_die(seconds, what):
+    limits.append(seconds)
+    yield
+
+  monkeypatch.setattr(distributed, "_or_die", or_die)
+  set_to = {"ELIT_HEARTBEAT_SECONDS": heartbeat, "ELIT_START_SECONDS": "20"}
+  cluster(2)(lambda: distributed.start(told(**set_to)))
   for got in initialize:
-    assert arguments.items() <= got.items() and got["heartbeat_timeout_seconds"] == 7
-    assert ("coordinator_address" in got) == bool(arguments)
+    assert got["heartbeat_timeout_seconds"] == int(heartbeat)
+    assert got["shutdown_timeout_seconds"] == shutdown
+    # jax would give up with a C++ trace: long after our sentence.
+    assert got["initialization_timeout"] == 80
+  assert limits == [20, 20]
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError])
@@ -153,8 +182,27 @@ def test_a_failing_start_is_one_sentence(monkeypatch, kind):
   assert str(refused.value) == "the processes of this run cannot join: no route to host"
 
 
+def test_who_only_may_have_peers_is_told_how_to_be_alone(monkeypatch):
+  """A device of virtual machines looks like a TPU."""
+
+  def fail(**arguments):
+    raise ValueError("coordinator_address should be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", fail)
+  monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/vfio/0")
+  with pytest.raises(ConfigError, match="set ELIT_PROCESS_COUNT=1") as refused:
+    distributed.start({})
+  assert "\n" not in str(refused.value)
+  distributed.start({"ELIT_PROCESS_COUNT": "1"})
+
+
 @pytest.mark.parametrize(
-  "promise", [told(ELIT_PROCESS_COUNT="3"), STEP | {"SLURM_NTASKS": "3"}]
+  "promise",
+  [
+    told(ELIT_PROCESS_COUNT="3"),
+    STEP | {"SLURM_NTASKS": "3"},
+    {"OMPI_COMM_WORLD_SIZE": "3"},
+  ],
 )
 def test_fewer_than_promised_are_refused_on_all(cluster, initialize, no_tpu, promise):
   # One may have been told the truth.
@@ -236,6 +284,24 @@ def refuse(sentence: str):
   raise ConfigError(sentence)
 
 
+def test_processes_of_a_host_are_counted(cluster, monkeypatch):
+  hosts = ["a", "b", "a"]
+  monkeypatch.setattr(distributed, "_host", lambda: hosts[jax.process_index()])
+  assert cluster(3)(distributed.processes_here) == [2, 1, 2]
+
+
+def test_processes_of_this_very_host_are_counted(cluster):
+  assert cluster(2)(distributed.processes_here) == [2, 2]
+
+
+def test_elsewhere_than_on_linux_hosts_go_by_name(monkeypatch):
+  def read_text(*arguments):
+    raise FileNotFoundError
+
+  monkeypatch.setattr(pathlib.Path, "read_text", read_text)
+  assert distributed._host() == socket.gethostname()
+
+
 @pytest.mark.parametrize("value", [None, 3, {"a": [1, 2]}, "x" * 5000])
 def test_what_the_first_does_all_know(cluster, value):
   acted = []
@@ -257,6 +323,7 @@ def test_alone_nobody_is_asked(monkeypatch):
   tools = distributed.multihost_utils
   for name in ("broadcast_one_to_all", "process_allgather"):
     monkeypatch.setattr(tools, name, lambda value: refuse("was asked"))
+  assert distributed.processes_here() == 1
   nothing = object()  # not even JSON
   assert distributed.on_leader(lambda: nothing) is nothing
   assert distributed.together(lambda: nothing) is nothing

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import elastic
 import jax
@@ -22,12 +23,15 @@ from elit_jax import config as config_lib
 from elit_jax import doctor, environment, roofline
 from elit_jax.data import sources
 from elit_jax.errors import ConfigError
+from elit_jax.models import denoiser
 
 LAUNCHERS = (
   *("ELIT_COORDINATOR", "ELIT_PROCESS_COUNT", "ELIT_PROCESS_INDEX"),
   *("SLURM_NTASKS", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"),
   *("SLURM_GPUS_ON_NODE", "OMPI_COMM_WORLD_SIZE", "TPU_WORKER_HOSTNAMES"),
+  "TPU_PROCESS_ADDRESSES",
 )
+WANDB = ("MODE", "API_KEY", "IDENTITY_TOKEN_FILE", "BASE_URL")
 EXPLICIT = {"ELIT_COORDINATOR": "a:1", "ELIT_PROCESS_INDEX": "0"}
 STEP = {"SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
 UNKNOWN = "--xla_no_such_flag=1"
@@ -41,7 +45,7 @@ def config() -> config_lib.Config:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
   """No launcher but those that a test names."""
-  for name in LAUNCHERS:
+  for name in (*LAUNCHERS, *(f"WANDB_{name}" for name in WANDB)):
     monkeypatch.delenv(name, raising=False)
   monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
 
@@ -177,42 +181,76 @@ def test_nothing_touches_a_device_once_flags_are_refused(config, monkeypatch):
 # --- the launcher ---------------------------------------------------------------------
 
 
+@pytest.fixture
+def joined(monkeypatch):
+  """joined(n): so many processes have met."""
+  monkeypatch.setattr(doctor.distributed, "start", lambda: None)
+  return lambda count: monkeypatch.setattr(jax, "process_count", lambda: count)
+
+
 @pytest.mark.parametrize(
-  ("env", "processes", "ok", "says"),
+  ("env", "processes", "found"),
   [
-    ({}, 1, True, "none"),
-    ({**EXPLICIT, "ELIT_PROCESS_COUNT": "2"}, 2, True, "explicit: 2"),
-    ({"ELIT_PROCESS_COUNT": "1"}, 1, True, "explicit: 1"),
-    ({**EXPLICIT, "ELIT_PROCESS_COUNT": "2"}, 1, False, "1 have met"),
-    (EXPLICIT, 1, False, "explicit"),
-    ({"SLURM_NTASKS": "1"}, 1, True, "none"),
-    (STEP, 8, True, "SLURM: 8"),
-    (STEP, 1, False, "1 have met"),
-    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, 1, False, "no step"),
-    ({"OMPI_COMM_WORLD_SIZE": "4"}, 4, True, "Open MPI: 4"),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, 2, True, "TPU slice of 2"),
+    ({}, 1, "none: 1 process"),
+    ({**EXPLICIT, "ELIT_PROCESS_COUNT": "2"}, 2, "ELIT_COORDINATOR: 2 processes"),
+    ({"ELIT_PROCESS_COUNT": "1"}, 1, "ELIT_PROCESS_COUNT: 1 process"),
+    ({"SLURM_NTASKS": "1"}, 1, "none: 1 process"),
+    (STEP, 8, "SLURM: 8 processes"),
+    ({"OMPI_COMM_WORLD_SIZE": "4"}, 4, "Open MPI: 4 processes"),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, 2, "TPU slice: 2 processes"),
   ],
 )
-def test_launchers_are_told_apart(config, monkeypatch, env, processes, ok, says):
+def test_launchers_are_told_apart(config, monkeypatch, joined, env, processes, found):
   for name, value in env.items():
     monkeypatch.setenv(name, value)
-  monkeypatch.setattr(jax, "process_count", lambda: processes)
+  joined(processes)
   finding = look(doctor.launcher, config)
-  assert (finding.ok, says in finding.found) == (ok, True), finding
+  assert finding.ok
+  assert finding.found == found
+
+
+@pytest.mark.parametrize(
+  ("env", "says"),
+  [
+    ({"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),
+    ({"OMPI_COMM_WORLD_SIZE": "2x"}, "OMPI_COMM_WORLD_SIZE is '2x'"),
+    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, "SLURM_NTASKS is 8 but this is no"),
+    (EXPLICIT, "ELIT_PROCESS_COUNT is not"),
+  ],
+)
+def test_what_a_launcher_says_wrong_is_named(config, monkeypatch, env, says):
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  finding = look(doctor.launcher, config)
+  assert finding.ok is False
+  assert says in finding.found
+  assert "report" not in finding.advice
+
+
+def test_processes_that_do_not_meet_are_a_finding(config, monkeypatch):
+  def fail(**arguments):
+    raise RuntimeError("no route to host")
+
+  for name, value in STEP.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(jax.distributed, "initialize", fail)
+  finding = look(doctor.launcher, config)
+  assert finding.ok is False
+  assert "cannot join" in finding.found
 
 
 @pytest.mark.parametrize(("devices", "ok"), [(1, False), (8, True)])
-def test_gpus_that_no_task_uses_are_seen(config, monkeypatch, devices, ok):
+def test_gpus_that_no_task_uses_are_seen(config, monkeypatch, joined, devices, ok):
   env = {**STEP, "SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_GPUS_ON_NODE": "8"}
   for name, value in env.items():
     monkeypatch.setenv(name, value)
-  monkeypatch.setattr(jax, "process_count", lambda: 8)
+  joined(8)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   monkeypatch.setattr(jax, "local_device_count", lambda: devices)
   assert look(doctor.launcher, config).ok == ok
 
 
-# --- devices, mesh, attention ---------------------------------------------------------
+# --- devices, mesh, memory, attention -------------------------------------------------
 
 
 def test_devices_are_counted(config):
@@ -231,7 +269,7 @@ def test_memory_is_told_where_it_is_known(config, monkeypatch):
   Device = collections.namedtuple("Device", "device_kind platform memory_stats")
   device = Device("NVIDIA H200", "gpu", lambda: {"bytes_limit": 3 * 2**30})
   monkeypatch.setattr(jax, "local_devices", lambda: [device])
-  assert "3.0 GiB each" in look(doctor.devices, config).found
+  assert "3.22 GB each" in look(doctor.devices, config).found
 
 
 def test_a_mesh_that_fits(config):
@@ -240,7 +278,7 @@ def test_a_mesh_that_fits(config):
   )
   finding = look(doctor.mesh, fitting)
   assert finding.ok
-  assert finding.found == "data 4 x fsdp 2 x tensor 1; 4 examples a device and step"
+  assert finding.found == "data 4 x fsdp 2 x tensor 1; examples a device and step: 4"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +290,27 @@ def test_a_mesh_that_does_not_fit(config, mesh, batch, says):
   finding = look(doctor.mesh, dataclasses.replace(sick, mesh=mesh))
   assert not finding.ok
   assert says in finding.found
+
+
+@pytest.mark.parametrize(
+  ("mesh", "averages", "copies"),
+  [((8, 1, 1), 1, 4), ((8, 1, 1), 3, 6), ((1, 8, 1), 1, 0.5)],
+)
+def test_a_state_must_fit_on_a_device(config, monkeypatch, mesh, averages, copies):
+  patient = changed(config, "optim", ema=("0.9", "0.99", "0.999")[:averages])
+  patient = dataclasses.replace(patient, mesh=mesh)
+  params = denoiser.abstract_params(config_lib.build_model(config))
+  size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+  # What is not split is little.
+  for share, ok in ((1.1, True), (0.9, False)):
+    free = int(share * copies * size)
+    monkeypatch.setattr(doctor.memory_lib, "free_here", lambda free=free: free)
+    finding = look(doctor.memory, patient)
+    assert finding.ok is ok, finding
+    assert doctor.memory_lib.size(free) in finding.found
+  assert "config.mesh" in finding.advice
+  monkeypatch.setattr(doctor.memory_lib, "free_here", lambda: None)
+  assert look(doctor.memory, patient).ok is None
 
 
 def test_the_kernel_of_every_budget_is_told(config):
@@ -306,14 +365,31 @@ def test_room_for_checkpoints(config, tmp_path, monkeypatch, free, ok):
   assert " 3 checkpoints" in finding.found
 
 
+def test_every_average_takes_room_in_a_checkpoint(config, tmp_path, monkeypatch):
+  """Parameters, two moments and averages, all in fp32."""
+  params = denoiser.abstract_params(config_lib.build_model(config))
+  size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+  Usage = collections.namedtuple("Usage", "total used free")
+  kept = changed(config, "checkpoint", keep=1, keep_every=10**9)
+  for averages in (("0.9",), ("0.9", "0.99", "power 0.1")):
+    patient = changed(kept, "optim", ema=averages)
+    enough = 2 * (3 + len(averages)) * size
+    for free, ok in ((enough, True), (enough - 1, False)):
+      usage = Usage(0, 0, free)
+      monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+      assert look(doctor.disk, patient, tmp_path).ok is ok
+
+
 # --- the host, matmul, loader ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(("load", "ok"), [(0.2, True), (7.0, False)])
-def test_a_busy_host(config, monkeypatch, load, ok):
+@pytest.mark.parametrize(("load", "ok"), [(0.2, True), (7.0, None)])
+def test_a_busy_host_is_worth_a_note(config, monkeypatch, load, ok):
   monkeypatch.setattr(doctor.os, "getloadavg", lambda: (load, 0.0, 0.0))
   monkeypatch.setattr(doctor, "_cores", lambda: 4)
-  assert look(doctor.host, config).ok == ok
+  finding = look(doctor.host, config)
+  assert finding.ok is ok
+  assert doctor.healthy([finding])
 
 
 def test_a_clock_that_stands_in_the_past(config, monkeypatch):
@@ -339,7 +415,9 @@ def test_a_device_without_a_stated_peak_is_only_measured(config, monkeypatch):
   assert look(doctor.matmul, config).ok
 
 
-@pytest.mark.parametrize(("times", "ok"), [(10.1, True), (9.9, False)])
+@pytest.mark.parametrize(
+  ("times", "ok"), [(10.1, True), (9.9, None), (1.1, None), (0.9, False)]
+)
 def test_examples_must_come_ten_times_faster_than_they_go(
   config, monkeypatch, times, ok
 ):
@@ -347,7 +425,7 @@ def test_examples_must_come_ten_times_faster_than_they_go(
   needed = config.train.batch_size / doctor.step_seconds(config)
   monkeypatch.setattr(doctor, "loader_rate", lambda source, size: times * needed)
   finding = look(doctor.loader, config)
-  assert finding.ok == ok
+  assert finding.ok is ok
   assert "estimate" in finding.found
 
 
@@ -358,6 +436,15 @@ def test_a_step_takes_as_long_as_its_flops(config, monkeypatch):
   assert doctor.step_seconds(changed(config, "train", batch_size=size)) == 2 * once
   monkeypatch.setattr(doctor, "_rate", lambda dtype: 4e9)
   assert doctor.step_seconds(config) == once / 4
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert doctor.step_seconds(config) == once / 4 / 8  # which share nothing
+
+
+def test_but_no_step_is_shorter_than_its_overhead(config, monkeypatch):
+  monkeypatch.setattr(doctor, "_rate", lambda dtype: 1e18)
+  assert doctor.step_seconds(config) == doctor.SHORTEST
+  monkeypatch.setattr(doctor, "loader_rate", lambda source, size: 1e6)
+  assert "a step takes 0.005 s (estimate" in look(doctor.loader, config).found
 
 
 def test_a_slow_source_loads_slowly():
@@ -373,6 +460,65 @@ def test_a_slow_source_loads_slowly():
   # Four threads, each waiting so long for an example; batches come in bursts.
   assert 0 < slow < 2 * 4 / 0.02
   assert fast > slow
+
+
+# --- wandb ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logged(config, monkeypatch, tmp_path):
+  """A config that logs to wandb, which is installed, on a machine without a login."""
+  monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+  monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
+  monkeypatch.delenv("NETRC", raising=False)
+  return dataclasses.replace(config, wandb="mine")
+
+
+def test_wandb_is_only_looked_at_where_it_is_asked_for(config, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+  assert look(doctor.wandb, config).ok
+
+
+def test_a_missing_wandb_is_pointed_out(logged, monkeypatch):
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  finding = look(doctor.wandb, logged)
+  assert finding.ok is False
+  assert "cannot be imported" in finding.found
+  assert "pip install wandb" in finding.advice
+
+
+def test_a_missing_login_is_pointed_out(logged, tmp_path):
+  finding = look(doctor.wandb, logged)
+  assert finding.ok is False
+  assert "'mine'" in finding.found
+  assert "wandb login" in finding.advice
+  for wrong in ("machine example.org login user password secret\n", "nonsense"):
+    (tmp_path / ".netrc").write_text(wrong)
+    assert look(doctor.wandb, logged).ok is False
+
+
+@pytest.mark.parametrize(
+  "env",
+  [
+    {"WANDB_API_KEY": "secret"},
+    {"WANDB_IDENTITY_TOKEN_FILE": "token"},
+    {"WANDB_MODE": "offline"},
+    {"NETRC": "mine"},
+    {"WANDB_BASE_URL": "https://wandb.example.org:8080"},
+    {},
+  ],
+)
+def test_a_login_is_found_where_wandb_finds_it(logged, monkeypatch, tmp_path, env):
+  monkeypatch.chdir(tmp_path)
+  for name, value in env.items():
+    monkeypatch.setenv(name, value)
+  host = "wandb.example.org" if "WANDB_BASE_URL" in env else "api.wandb.ai"
+  if not env or "NETRC" in env or "WANDB_BASE_URL" in env:
+    line = f"machine {host} login user password secret\n"
+    (tmp_path / env.get("NETRC", ".netrc")).write_text(line)
+  finding = look(doctor.wandb, logged)
+  assert finding.ok, finding
+  assert "secret" not in finding.found
 
 
 # --- all together ---------------------------------------------------------------------
@@ -393,6 +539,7 @@ def test_the_whole_examination(config, tmp_path, monkeypatch):
   assert [f.name for f in findings] == [check.__name__ for check in doctor.CHECKS]
   busy = {"host", "loader"}  # may be so
   assert all(f.ok for f in findings if f.name not in busy), doctor.table(findings)
+  assert all(f.ok is not False for f in findings if f.name == "host")
 
 
 def test_the_table_is_readable():

@@ -299,7 +299,7 @@ def test_a_model_that_cannot_be_split_so_is_refused(mesh, words):
 def test_a_batch_must_divide_over_data_and_fsdp_but_not_tensor():
   mesh = on((2, 2, 2))
   sharding.check_batch(4, 1, mesh)
-  with pytest.raises(ConfigError, match=r"data 2 x fsdp 2, on 1 hosts\) x 2 micro"):
+  with pytest.raises(ConfigError, match=r"data 2 x fsdp 2, on 1 process\) x 2 micro"):
     sharding.check_batch(4, 2, mesh)
   assert sharding.round_up(5, mesh) == 8
 
