@@ -1,9 +1,9 @@
 """Latents that the EDM2, REPA and ELIT tools wrote, so that they train as they are.
 
 All three write one float32 array a file, `00000/img-mean-std-00000000.npy`, (2Z, h, w):
-the Z channels of the posterior's mean, then those of its standard deviation (not of the
-log of its variance, as diffusers and most other tools do), not yet multiplied by the
-VAE's scale. Labels are in a `dataset.json` beside them. EDM2 also packs this into a zip.
+the Z channels of the posterior's mean, then those of its standard deviation (not the
+log of its variance, which is what a VAE's encoder puts out), not yet multiplied by the
+VAE's scale. Labels are in a `dataset.json` beside them. EDM2 packs this into a zip, too.
 
 What the files do not say: REPA and ELIT hand the VAE pixels in [-1, 1], EDM2 in [0, 1],
 so that the latents of one differ from those of the other.
@@ -59,12 +59,12 @@ class ForeignLatents:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     """An example; ConfigError if its file is damaged."""
-    moments_CHW = _load(self.path, self.files, int(self.rows[index]))
+    row = int(self.rows[index])
+    moments_CHW = _load(self.path, self.files, row)
     height, width, channels = self.shape
     if moments_CHW.shape != (channels, height, width):
-      name = self.files.names[self.rows[index]]
       raise ConfigError(
-        f"{self.path / name} is of shape {moments_CHW.shape}, not "
+        f"{self.path / self.files.names[row]} is of shape {moments_CHW.shape}, not "
         f"{(channels, height, width)} as the first"
       )
     return {
@@ -81,7 +81,7 @@ class ForeignLatents:
 def open_foreign(path: str | os.PathLike[str]) -> ForeignLatents:
   """The latents in a folder that holds `vae-sd`, or in that folder or zip itself.
 
-  Where there is an `images` folder beside, examples are the pairs of image and latents
+  Where there is an `images` folder beside `vae-sd`, examples are the pairs of image and latents
   with equal sub-folder and equal digits at the end of the stem, as the ELIT reader
   pairs them; the others are counted in a warning. Else all latents. Their labels come
   from the dataset.json of the latents. What does not fit is a ConfigError.
@@ -95,9 +95,10 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignLatents:
       f"{latents} holds no latents (*.npy): give the folder that holds {LATENTS}"
     )
   _check_form(latents, files)
+  rows = np.arange(len(files.names))
   images = latents.parent / IMAGES
-  rows = _paired(latents, files.names, images) if images.is_dir() else None
-  rows = np.arange(len(files.names)) if rows is None else rows
+  if latents.name == LATENTS and images.is_dir():
+    rows = _paired(latents, files.names, images)
   labels = _labels(latents, [files.names[row] for row in rows], files.names, manifest)
   channels, height, width = _load(latents, files, int(rows[0])).shape
   return ForeignLatents(
@@ -121,17 +122,29 @@ def _check_form(path: pathlib.Path, files: archives.Files) -> None:
         f"{path / name} is not named {_PREFIX}*.npy, so whether it holds standard "
         "deviations is unknown: encode the images anew"
       )
-    if files.size(i) != files.size(0):
+    if (size := _size(path, files, i)) != _size(path, files, 0):
       raise ConfigError(
-        f"{path / name} has {files.size(i)} bytes, not {files.size(0)} as "
+        f"{path / name} has {size} bytes, not {_size(path, files, 0)} as "
         f"{files.names[0]}: it is damaged, or of another shape"
       )
   first = _load(path, files, 0)
+  where = path / files.names[0]
   if first.ndim != 3 or first.shape[0] % 2 or first.dtype != np.float32:
     raise ConfigError(
-      f"{path / files.names[0]} is {first.dtype} of shape {first.shape}, not float32 of "
-      "(mean and standard deviation, height, width)"
+      f"{where} is {first.dtype} of shape {first.shape}, not float32 of (mean and "
+      "standard deviation, height, width)"
     )
+  if not (first[first.shape[0] // 2 :] >= 0).all():
+    raise ConfigError(
+      f"{where} has negative standard deviations: it may hold logarithms of variances"
+    )
+
+
+def _size(path: pathlib.Path, files: archives.Files, row: int) -> int:
+  try:
+    return files.size(row)
+  except Unreadable as error:
+    raise ConfigError(f"{path / files.names[row]} cannot be read ({error})") from None
 
 
 def _load(path: pathlib.Path, files: archives.Files, row: int) -> np.ndarray:

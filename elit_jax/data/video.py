@@ -151,13 +151,12 @@ def _names(path: pathlib.Path) -> list[str]:
 def _rates(path: pathlib.Path, names: Sequence[str], fps: float) -> list[float]:
   """Frames a second of each clip."""
   where = path / RATES_FILE
-  said = read_json(where).get("fps") if where.exists() else fps
-  each = said if isinstance(said, dict) else dict.fromkeys(names, said)
-  for name in names:
-    rate = each.get(name)
+  said: Any = read_json(where).get("fps") if where.exists() else fps
+  rates = [said.get(name) if isinstance(said, dict) else said for name in names]
+  for name, rate in zip(names, rates, strict=True):
     if type(rate) not in (int, float) or not 0 < rate < 1e6:
-      raise ConfigError(f"{where} gives {name} {rate!r} frames a second")
-  return [float(each[name]) for name in names]
+      raise ConfigError(f"{where} gives {name} a rate of {rate!r} frames a second")
+  return rates
 
 
 def _length(path: pathlib.Path) -> int:
