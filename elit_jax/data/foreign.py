@@ -3,7 +3,7 @@
 All three write one float32 array a file, `00000/img-mean-std-00000000.npy`, (2Z, h, w):
 the Z channels of the posterior's mean, then those of its standard deviation (not the
 log of its variance, which is what a VAE's encoder puts out), not yet multiplied by the
-VAE's scale. Labels are in a `dataset.json` beside them. EDM2 packs this into a zip, too.
+VAE's scale. Labels are in a `dataset.json` beside them. EDM2 packs all into a zip, too.
 
 What the files do not say: REPA and ELIT hand the VAE pixels in [-1, 1], EDM2 in [0, 1],
 so that the latents of one differ from those of the other.
@@ -81,10 +81,10 @@ class ForeignLatents:
 def open_foreign(path: str | os.PathLike[str]) -> ForeignLatents:
   """The latents in a folder that holds `vae-sd`, or in that folder or zip itself.
 
-  Where there is an `images` folder beside `vae-sd`, examples are the pairs of image and latents
-  with equal sub-folder and equal digits at the end of the stem, as the ELIT reader
-  pairs them; the others are counted in a warning. Else all latents. Their labels come
-  from the dataset.json of the latents. What does not fit is a ConfigError.
+  Where an `images` folder lies beside `vae-sd`, examples are the pairs of image and
+  latents with equal sub-folder and equal digits at the end of the stem, as the ELIT
+  reader pairs them; the others are counted in a warning. Else all latents. Their labels
+  come from the dataset.json of the latents. What does not fit is a ConfigError.
   """
   path = pathlib.Path(path)
   archives.check_exists(path)
@@ -99,7 +99,9 @@ def open_foreign(path: str | os.PathLike[str]) -> ForeignLatents:
   images = latents.parent / IMAGES
   if latents.name == LATENTS and images.is_dir():
     rows = _paired(latents, files.names, images)
-  labels = _labels(latents, [files.names[row] for row in rows], files.names, manifest)
+  labels = _labels(
+    latents, [files.names[row] for row in rows.tolist()], files.names, manifest
+  )
   channels, height, width = _load(latents, files, int(rows[0])).shape
   return ForeignLatents(
     latents,

@@ -17,7 +17,7 @@ from PIL import Image
 from elit_jax.errors import ConfigError, lookup
 
 # What is tried, and nothing else: some of Pillow's other readers start programs.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
 # File names that are taken for images, whatever their case.
 SUFFIXES = frozenset(
   {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".webp", ".bmp"}

@@ -152,10 +152,12 @@ def _rates(path: pathlib.Path, names: Sequence[str], fps: float) -> list[float]:
   """Frames a second of each clip."""
   where = path / RATES_FILE
   said: Any = read_json(where).get("fps") if where.exists() else fps
-  rates = [said.get(name) if isinstance(said, dict) else said for name in names]
-  for name, rate in zip(names, rates, strict=True):
+  rates: list[float] = []
+  for name in names:
+    rate: Any = said.get(name) if isinstance(said, dict) else said
     if type(rate) not in (int, float) or not 0 < rate < 1e6:
       raise ConfigError(f"{where} gives {name} a rate of {rate!r} frames a second")
+    rates.append(rate)
   return rates
 
 
