@@ -49,10 +49,20 @@ class RecordListing:
     return f"{range(len(self))[i]:08d}"
 
   def label(self, i: int) -> int:
-    return self.label_of(self.records[i])
+    """The class; -1 for none, and for a damaged record, which read() will refuse."""
+    try:
+      return self.label_of(self._record(i))
+    except Unreadable:
+      return -1
 
   def read(self, i: int) -> bytes:
-    return self.image_of(self.records[i])
+    return self.image_of(self._record(i))
+
+  def _record(self, i: int) -> Any:
+    try:
+      return self.records[i]
+    except (RuntimeError, ValueError) as error:
+      raise Unreadable(f"damaged record ({_line(error)})") from None
 
   def digest(self) -> str:
     """Over the title, the classes, the count and the files: not over each image."""
