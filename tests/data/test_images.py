@@ -99,6 +99,14 @@ def test_wide_stands_between_black_bars():
   assert (got[rows] == 255).all()
 
 
+def test_wide_keeps_the_rows_of_the_public_tool():
+  # round(16 / 32 * 18) = 9 of the 18 rows, and every column.
+  image = np.random.default_rng(2).integers(0, 256, (18, 32, 3), dtype=np.uint8)
+  got = images.crop("wide", Image.fromarray(image), 16, 9)
+  band = Image.fromarray(image[4:13]).resize((16, 9), Image.Resampling.LANCZOS)
+  np.testing.assert_array_equal(got[3:12], np.asarray(band))
+
+
 @pytest.mark.parametrize("size", [(15, 30), (32, 10)])
 def test_wide_refuses_what_is_too_small(size):
   with pytest.raises(Unreadable, match=f"too small.*16 x 9.*{size[0]} x {size[1]}"):
