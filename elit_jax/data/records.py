@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from google.protobuf import json_format, message
 from PIL import Image
 
 from elit_jax.data.archives import list_folder, read_text
@@ -61,7 +62,7 @@ class RecordListing:
   def _record(self, i: int) -> Any:
     try:
       return self.records[i]
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, message.DecodeError) as error:
       raise Unreadable(f"damaged record ({_line(error)})") from None
 
   def digest(self) -> str:
@@ -125,7 +126,7 @@ def _builder(path: pathlib.Path) -> Any:
     )
   try:
     return tfds.builder_from_directory(prepared[0])
-  except (ValueError, KeyError, OSError, RuntimeError) as error:
+  except (json_format.Error, ValueError, OSError, RuntimeError) as error:
     raise ConfigError(f"{prepared[0]} is damaged: {_line(error)}") from None
 
 
@@ -226,7 +227,6 @@ def _record_files(path: pathlib.Path) -> list[pathlib.Path]:
 
 def _example(record: bytes) -> Mapping[str, Any] | None:
   """The features of a tf.train.Example, None if it is none."""
-  from google.protobuf import message
   from tensorflow_datasets.proto import tf_example_pb2
 
   if record.startswith(_SIGNATURES):
