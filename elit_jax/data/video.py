@@ -1,18 +1,21 @@
 """Clips of equal length and rate, cut from a folder of arrays or of frames.
 
 A clip is a file of frames (T, H, W, 3) uint8, `NAME.npy`, or a folder of images, one a
-frame, sorted by name. Its rate is not in the file: `clips.json` at the top says it,
-{"fps": 30} or {"fps": {"cats/a.npy": 30, ...}}; without it, clips run at the rate asked
-for. Class folders give labels: `CLASS/NAME.npy`, `CLASS/NAME/0001.jpg`.
+frame, sorted by name with numbers as numbers (2 before 10). Its rate is in neither:
+`clips.json` at the top says it, {"fps": 30} or {"fps": {"cats/a.npy": 30, ...}}; else
+clips run at the rate asked for. Class folders give labels: `CLASS/NAME.npy`,
+`CLASS/NAME/0001.jpg`.
 """
 
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from elit_jax.data import archives, images
 from elit_jax.data.images import SUFFIXES, Unreadable
@@ -87,6 +90,8 @@ def open_clips(
   archives.check_exists(path)
   if frames < 1 or not fps > 0:
     raise ConfigError(f"cannot cut clips of {frames} frames at {fps} a second")
+  square = max(size, 1), max(size, 1)
+  images.crop(crop, Image.new("RGB", square), size, size)  # refuses what is wrong
   names = _names(path)
   rates = _rates(path, names, fps)
   tops = [name.split("/")[0] if "/" in name else "" for name in names]
@@ -107,9 +112,9 @@ def open_clips(
     label = classes.index(top) if top else -1
     clips += [Clip(name, label, run * frames, rate) for run in range(runs)]
   if not clips:
+    name, reason = next(iter(skipped.items()))
     raise ConfigError(
-      f"{path} holds no clip of {frames} frames at {fps:g} a second; of {len(names)} "
-      f"files and folders the first: {next(iter(skipped.items()))}"
+      f"{path} holds no clip of {frames} frames at {fps:g} a second: {name} is {reason}"
     )
   return Clips(path, tuple(clips), classes, skipped, frames, fps, size, crop)
 
@@ -166,10 +171,8 @@ def _length(path: pathlib.Path) -> int:
   return len(_array(path)) if path.suffix == ".npy" else len(_frames(path))
 
 
-def _read(path: pathlib.Path, numbers: Sequence[int]) -> list[Any]:
+def _read(path: pathlib.Path, numbers: Sequence[int]) -> list[Image.Image]:
   """These frames as pictures."""
-  from PIL import Image
-
   if path.suffix == ".npy":
     array = _array(path)
     return [Image.fromarray(np.array(array[i])) for i in numbers]
@@ -182,7 +185,14 @@ def _read(path: pathlib.Path, numbers: Sequence[int]) -> list[Any]:
 
 def _frames(path: pathlib.Path) -> list[pathlib.Path]:
   inside = archives.list_folder(path)
-  return [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
+  found = [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
+  return sorted(found, key=_by_number)
+
+
+def _by_number(path: pathlib.Path) -> list[str | int]:
+  """A name in parts, of which every second one is a number."""
+  parts = re.split("([0-9]+)", path.name)
+  return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _array(path: pathlib.Path) -> np.ndarray:
