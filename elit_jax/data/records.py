@@ -186,9 +186,6 @@ def _png(pixels: np.ndarray) -> bytes:
 
 # --- ArrayRecord ----------------------------------------------------------------------
 
-# How encoded images begin. An Example begins with a newline, the tag of its one field.
-_SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
-
 
 def open_array_records(path: pathlib.Path, split: str) -> RecordListing:
   """A file of ArrayRecords, or a folder of such; `split` is not looked at.
@@ -225,33 +222,29 @@ def _record_files(path: pathlib.Path) -> list[pathlib.Path]:
   return found
 
 
-def _example(record: bytes) -> Mapping[str, Any] | None:
-  """The features of a tf.train.Example, None if it is none."""
+def _features_of(record: bytes) -> Mapping[str, Any]:
+  """What a tf.train.Example holds; nothing if it is none."""
   from tensorflow_datasets.proto import tf_example_pb2
 
-  if record.startswith(_SIGNATURES):
-    return None
   try:
     return tf_example_pb2.Example.FromString(record).features.feature
   except message.DecodeError:
-    return None
+    return {}
 
 
 def _record_image(record: bytes) -> bytes:
-  example = _example(record)
-  if example is None:
+  features = _features_of(record)
+  if "image" not in features:
     return record
-  values = [*example["image"].bytes_list.value] if "image" in example else []
+  values = [*features["image"].bytes_list.value]
   if len(values) != 1:
-    raise Unreadable("an Example without one image")
+    raise Unreadable(f"an Example with {len(values)} images")
   return values[0]
 
 
 def _stored_label(record: bytes) -> int | None:
-  example = _example(record)
-  if example is None or "label" not in example:
-    return None
-  values = example["label"].int64_list.value
+  features = _features_of(record)
+  values = [*features["label"].int64_list.value] if "label" in features else []
   return int(values[0]) if len(values) == 1 else None
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import random
+import struct
 import tarfile
 import zipfile
 
@@ -57,11 +58,18 @@ def tar_of(tree: dict[str, bytes], prefix: str = "") -> bytes:
   return file.getvalue()
 
 
-def zip_of(tree: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+EXTRA = struct.pack("<HH4s", 0xCAFE, 4, b"more")
+
+
+def zip_of(
+  tree: dict[str, bytes], method: int = zipfile.ZIP_STORED, extra: bytes = b""
+) -> bytes:
   file = io.BytesIO()
-  with zipfile.ZipFile(file, "w", method) as archive:
+  with zipfile.ZipFile(file, "w") as archive:
     for name, data in tree.items():
-      archive.writestr(name, data)
+      member = zipfile.ZipInfo(name)
+      member.compress_type, member.extra = method, extra
+      archive.writestr(member, data)
   return file.getvalue()
 
 
@@ -94,6 +102,9 @@ MAKERS = {
   "stored": lambda tmp, tree: written(tmp / "x.zip", zip_of(tree)),
   "deflated": lambda tmp, tree: written(
     tmp / "x.zip", zip_of(tree, zipfile.ZIP_DEFLATED)
+  ),
+  "zip with extras": lambda tmp, tree: written(
+    tmp / "x.zip", zip_of(tree, extra=EXTRA)
   ),
   "prefixed zip": lambda tmp, tree: written(tmp / "x.zip", b"#!run\n" + zip_of(tree)),
   "tar": lambda tmp, tree: written(tmp / "x.tar", tar_of(tree)),
@@ -306,6 +317,11 @@ WRONG = {
   "zip cut short": (lambda t: written(t / "x.zip", cut(ZIP, -40)), "zip", r"no zip"),
   "folder as zip": (lambda t: folder(t / "x", TREE), "zip", r"no zip"),
   "doubled": (doubled, "auto", r"two files of one name"),
+  "doubled in a tar": (
+    lambda t: written(t / "x.tar", tar_of({"./a/1.png": b"", "a/1.png": b""})),
+    "auto",
+    r"holds a/1\.png twice",
+  ),
   "rare zip": (
     lambda t: written(t / "x.zip", zip_of(TREE, zipfile.ZIP_LZMA)),
     "auto",

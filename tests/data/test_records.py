@@ -27,7 +27,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 def png(seed: int) -> bytes:
   pixels = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
   file = io.BytesIO()
-  Image.fromarray(pixels).save(file, "PNG")
+  # Not as Pillow would by default, so that decoding and encoding anew would show.
+  Image.fromarray(pixels).save(file, "PNG", compress_level=0)
   return file.getvalue()
 
 
@@ -269,18 +270,20 @@ def test_tfds_files_without_their_description_are_array_records(pets, tmp_path):
 
 
 def test_records_that_hold_no_image_are_unreadable(tmp_path):
-  records = [
-    example(0, 0),
-    b"\xff\xffnothing",
-    tf_example_pb2.Example().SerializeToString(),
-  ]
+  two = tf_example_pb2.Example()
+  two.features.feature["image"].bytes_list.value.extend([png(0), png(1)])
+  empty = tf_example_pb2.Example()
+  records = [example(0, 0), b"\xff\xffnothing"]
+  records += [empty.SerializeToString(), two.SerializeToString()]
   path = array_records(tmp_path / "x.array_record", records, "cat")
   listing = listings.open_listing(path)
-  assert listing.label(1) == listing.label(2) == -1
-  with pytest.raises(Unreadable):
+  assert listing.label(1) == listing.label(2) == listing.label(3) == -1
+  with pytest.raises(Unreadable, match="not an image"):
     images.decode(listing.read(1))
-  with pytest.raises(Unreadable, match="without one image"):
-    listing.read(2)
+  with pytest.raises(Unreadable, match="empty file"):
+    images.decode(listing.read(2))
+  with pytest.raises(Unreadable, match="an Example with 2 images"):
+    listing.read(3)
 
 
 def test_wrong_array_records_are_refused_in_a_sentence(tmp_path):
