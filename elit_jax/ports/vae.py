@@ -27,12 +27,9 @@ READABLE = ("F64", "F32", "F16", "BF16")
 
 def table(vae: VAE, names: Names = "new") -> list[Entry]:
   """Every tensor of an autoencoder's file; `names` is a spelling in `ATTENTION`."""
-  encoder, decoder = ("encoder",), ("decoder",)
   rows = [
     *_side(vae, "encoder", "down", vae.widths, vae.layers, names),
     *_side(vae, "decoder", "up", vae.widths[::-1], vae.layers + 1, names),
-    *_conv("encoder.conv_in", (*encoder, "conv_in")),
-    *_conv("decoder.conv_in", (*decoder, "conv_in")),
   ]
   if vae.quant_convs:
     rows += _conv("quant_conv", ("quant",))
@@ -44,7 +41,7 @@ def _side(
   vae: VAE, side: str, way: str, widths: Shape, layers: int, names: Names
 ) -> list[Entry]:
   """The encoder or the decoder, levels in the order in which they run."""
-  rows = []
+  rows = _conv(f"{side}.conv_in", (side, "conv_in"))
   width = vae.widths[0] if side == "encoder" else vae.widths[-1]
   for level, features in enumerate(widths):
     theirs = f"{side}.{way}_blocks.{level}"
