@@ -227,6 +227,7 @@ def restore_or_init(
   from scratch; created in its shards, whole on no device.
   """
   target = abstract_state(config, model, mesh)
+  distributed.together(lambda: memory.check_state(target))
   found = checkpoints.restore(target)
   if found is None:
     # Not on_mesh: layers are initialised on a batch of one, which does not split.

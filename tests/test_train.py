@@ -718,6 +718,24 @@ def test_a_batch_that_was_not_put_on_the_devices_is_an_error(resumed, monkeypatc
     resumed()
 
 
+_init_state = train.init_state
+
+
+def _abstract(config, model):
+  """The state, from shapes alone."""
+  leaves = jax.tree.leaves(_init_state(config, model))
+  assert all(isinstance(leaf, jax.core.Tracer) for leaf in leaves), "allocated"
+  return _init_state(config, model)
+
+
+def test_a_state_that_does_not_fit_is_refused_before_it_is_made(tmp_path, monkeypatch):
+  monkeypatch.setattr(train, "init_state", _abstract)
+  monkeypatch.setattr(train.memory, "free_here", lambda: 10_000)
+  with pytest.raises(ConfigError, match=r"the state takes .* and 10 kB are free"):
+    train.run(make_config(**RUN), tmp_path / "run")
+  assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_a_termination_request_saves_and_returns(finished, resumed, monkeypatch):
   polls = iter([False] * 3 + [True])
   monkeypatch.setattr(train.preemption, "requested", lambda: next(polls))
