@@ -27,3 +27,8 @@ def requested() -> bool:
   if many and multihost_utils.reached_preemption_sync_point(next(_polls)):
     _requested.set()
   return _requested.is_set()
+
+
+def learn() -> None:
+  """Another process has been asked to leave: from now on `requested` is true here."""
+  _requested.set()

@@ -1,15 +1,18 @@
 """Random-access data sources: `len(source)` examples, each a dict of numpy values.
 
-Every example has `image` (H, W, C) float32 in [-1, 1], `label` int32 and `index` int32,
-its row in the full set whatever the split.
+Every example has `image` (H, W, C), `label` int32 and `index` int32, its row in the
+full set whatever the split. The image is float32 in [-1, 1] or, of what was prepared,
+as it is stored: uint8 pixels, or moments of a latent; stored.unpack makes samples.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from elit_jax.data import shards, stored
 from elit_jax.errors import ConfigError, lookup
 
 Example = dict[str, Any]
@@ -25,7 +28,8 @@ _DIGITS_SPLIT_KEY = 2026
 class Source(Protocol):
   """What the pipeline asks of a data source; `repr` must not hold an address.
 
-  classes: every label is below it, and none is negative.
+  classes: every label is below it, and none is negative. A source that reads many
+  examples at once faster than one by one also has `gather`, as shards.ShardSource has.
   """
 
   @property
@@ -134,19 +138,110 @@ def synthetic(
   return SyntheticSource(first, length, tuple(shape), classes)
 
 
-# A new source is one more entry: a function of the split, and of the shape and classes
-# that the config asks for. A source of fixed shape ignores them; who opens it compares.
-SOURCES: Mapping[str, Callable[[str, tuple[int, ...], int], Source]] = {
-  "digits": lambda split, shape, classes: digits(split),
-  "synthetic": lambda split, shape, classes: synthetic(
-    SYNTHETIC_COUNT, shape, classes, split
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """What a config asks of its data: shape of a sample, classes, folder, VAE, dtype.
+
+  vae: whose latents the samples are, "": none. dtype: of what is stored.
+  """
+
+  split: str
+  shape: tuple[int, ...]
+  classes: int
+  path: str = ""
+  vae: str = ""
+  dtype: str = "float32"
+
+
+def prepared(wanted: Wanted) -> shards.ShardSource:
+  """What --mode=prepare made; ConfigError naming what does not fit `wanted`."""
+  fields = stored.fields(wanted.shape, wanted.vae, wanted.dtype)
+  return shards.open_shards(_folder(wanted), fields, wanted.classes)
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ForeignSource:
+  """A folder of moments made by the EDM2, REPA or ELIT tools."""
+
+  path: pathlib.Path
+  examples: Any  # what foreign.open_foreign returns
+  labelled: bool
+
+  @property
+  def classes(self) -> int:
+    """As many as the folder names."""
+    return max(1, len(self.examples.classes))
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, index: int) -> Example:
+    example = self.examples[index]
+    label = np.int32(example["label"])
+    if label < 0:
+      if self.labelled:
+        raise ConfigError(
+          f"example {index} of {self.path} has no label (-1), and the model has "
+          "classes: give the folder labels, or set config.model.classes to 1"
+        )
+      label = np.int32(0)
+    return {
+      "image": example["moments"],
+      "label": label,
+      "index": np.int32(example["index"]),
+    }
+
+  def __repr__(self) -> str:
+    return f"foreign {self.path}[{len(self)}]"
+
+
+def foreign_moments(wanted: Wanted) -> ForeignSource:
+  """Latents that other tools have made, as they lie; see elit_jax/data/foreign.py."""
+  from elit_jax.data import foreign  # few need it
+
+  if not wanted.vae:
+    raise ConfigError(
+      "config.data.source 'foreign' holds moments of a VAE: name it in config.data.vae"
+    )
+  folder = _folder(wanted)
+  return ForeignSource(folder, foreign.open_foreign(folder), wanted.classes > 1)
+
+
+def _folder(wanted: Wanted) -> pathlib.Path:
+  """Where the examples of a split lie: held-out ones in a folder of their own."""
+  _check_split(wanted.split)
+  if not wanted.path:
+    raise ConfigError("config.data.path is empty: the folder that holds the examples")
+  folder = pathlib.Path(wanted.path).expanduser()
+  if wanted.split == "all":
+    raise ConfigError(f"{folder} has the splits train and held_out, not 'all'")
+  return folder / "held_out" if wanted.split == "held_out" else folder
+
+
+# A new source is one more entry: a function of what the config asks for. A source of
+# fixed shape ignores that; who opens it compares.
+SOURCES: Mapping[str, Callable[[Wanted], Source]] = {
+  "digits": lambda wanted: digits(wanted.split),
+  "synthetic": lambda wanted: synthetic(
+    SYNTHETIC_COUNT, wanted.shape, wanted.classes, wanted.split
   ),
+  "shards": prepared,
+  "foreign": foreign_moments,
 }
 
 
-def make_source(name: str, split: str, shape: tuple[int, ...], classes: int) -> Source:
+def make_source(
+  name: str,
+  split: str,
+  shape: tuple[int, ...],
+  classes: int,
+  path: str = "",
+  vae: str = "",
+  dtype: str = "float32",
+) -> Source:
   """The source called `name` in SOURCES, for samples of `shape`; or a ConfigError."""
-  return lookup(SOURCES, name, "data source")(split, shape, classes)
+  wanted = Wanted(split, shape, classes, path, vae, dtype)
+  return lookup(SOURCES, name, "data source")(wanted)
 
 
 def _check_split(split: str) -> None:
