@@ -96,7 +96,9 @@ def make_images() -> types.ModuleType:
   def wide(image, width, height):
     if image.width < width:
       raise Unreadable("too small")
-    return np.array(image.resize((width, width)))
+    canvas = np.zeros((width, width, 3), np.uint8)
+    canvas[:height] = np.array(image.resize((width, height)))
+    return canvas
 
   module.Unreadable, module.decode = Unreadable, decode
   module.CROPS = {"center": center, "center-dhariwal": center, "wide": wide}

@@ -84,7 +84,7 @@ class RawReader:
 
   def read(self, out: np.ndarray, shard_B: np.ndarray, row_B: np.ndarray) -> None:
     size = out[0].nbytes
-    buffer = memoryview(out).cast("B")
+    buffer = out.data.cast("B")
     for i, (shard, row) in enumerate(
       zip(shard_B.tolist(), row_B.tolist(), strict=True)
     ):

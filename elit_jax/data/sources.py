@@ -161,50 +161,47 @@ def prepared(wanted: Wanted) -> shards.ShardSource:
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
 class ForeignSource:
-  """A folder of moments made by the EDM2, REPA or ELIT tools."""
+  """Latents as the EDM2, REPA and ELIT tools lay them down; see foreign.py."""
 
-  path: pathlib.Path
-  examples: Any  # what foreign.open_foreign returns
-  labelled: bool
+  examples: Any  # foreign.ForeignLatents
 
   @property
   def classes(self) -> int:
-    """As many as the folder names."""
-    return max(1, len(self.examples.classes))
+    """One more than the largest label."""
+    return self.examples.classes
 
   def __len__(self) -> int:
     return len(self.examples)
 
   def __getitem__(self, index: int) -> Example:
     example = self.examples[index]
-    label = np.int32(example["label"])
-    if label < 0:
-      if self.labelled:
-        raise ConfigError(
-          f"example {index} of {self.path} has no label (-1), and the model has "
-          "classes: give the folder labels, or set config.model.classes to 1"
-        )
-      label = np.int32(0)
-    return {
-      "image": example["moments"],
-      "label": label,
-      "index": np.int32(example["index"]),
-    }
+    mean, std = np.split(example["moments"], 2, axis=-1)
+    # The tools store the deviation; ours is the log of its square, which no
+    # autoencoder has below -30.
+    log_var = 2 * np.log(np.maximum(std, np.float32(np.exp(-15))))
+    image = np.concatenate([mean, log_var], -1, dtype=np.float32)
+    return {"image": image, "label": example["label"], "index": example["index"]}
 
   def __repr__(self) -> str:
-    return f"foreign {self.path}[{len(self)}]"
+    return repr(self.examples)
 
 
-def foreign_moments(wanted: Wanted) -> ForeignSource:
-  """Latents that other tools have made, as they lie; see elit_jax/data/foreign.py."""
+def foreign_latents(wanted: Wanted) -> ForeignSource:
+  """Latents that other tools have made; ConfigError if the model wants their labels."""
   from elit_jax.data import foreign  # few need it
 
+  folder = _folder(wanted)
   if not wanted.vae:
     raise ConfigError(
-      "config.data.source 'foreign' holds moments of a VAE: name it in config.data.vae"
+      f"{folder} holds moments of a VAE: name it in config.data.vae, such as 'sd'"
     )
-  folder = _folder(wanted)
-  return ForeignSource(folder, foreign.open_foreign(folder), wanted.classes > 1)
+  examples = foreign.open_foreign(folder)
+  if wanted.classes > 1 and not examples.labelled:
+    raise ConfigError(
+      f"{folder} has no labels, and config.model.classes is {wanted.classes}: give it "
+      "a dataset.json with labels, or train one class"
+    )
+  return ForeignSource(examples)
 
 
 def _folder(wanted: Wanted) -> pathlib.Path:
@@ -226,7 +223,7 @@ SOURCES: Mapping[str, Callable[[Wanted], Source]] = {
     SYNTHETIC_COUNT, wanted.shape, wanted.classes, wanted.split
   ),
   "shards": prepared,
-  "foreign": foreign_moments,
+  "foreign": foreign_latents,
 }
 
 

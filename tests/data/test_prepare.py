@@ -1,7 +1,6 @@
 """Preparing: the same bytes however often it is stopped and however many work at it."""
 
 import functools
-import io
 import itertools
 import json
 import os
@@ -19,8 +18,8 @@ import pytest
 import standins
 from ml_collections import ConfigDict
 from PIL import Image
+from prepared import BROKEN, PIXELS, contents, make_config, picture, raw
 
-from configs import base
 from elit_jax import config as config_lib
 from elit_jax import files, preemption, train
 from elit_jax.data import pipeline, prepare, shards, stored
@@ -28,82 +27,7 @@ from elit_jax.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RUN = pathlib.Path(__file__).with_name("prepare_run.py")
-CLASSES, EACH = 3, 9
-BROKEN = ("b/03.png", "c/08.png")  # by name
-SHARD, BATCH = 5, 2  # images; neither divides the other, nor the count
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
-  standins.install(monkeypatch)
-
-
-def picture(seed: int) -> Image.Image:
-  pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8)
-  return Image.fromarray(pixels)
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> pathlib.Path:
-  """Folders a, b and c; two of the pictures cannot be read."""
-  folder = tmp_path_factory.mktemp("photos")
-  for i in range(CLASSES * EACH):
-    name = f"{'abc'[i // EACH]}/{i % EACH:02d}.png"
-    path = folder / name
-    path.parent.mkdir(exist_ok=True)
-    data = io.BytesIO()
-    picture(i).save(data, "PNG")
-    path.write_bytes(b"no picture" if name in BROKEN else data.getvalue())
-  return folder
-
-
-def raw(source: pathlib.Path, folder: pathlib.Path, **leaves) -> ConfigDict:
-  """16 x 16 pictures, as 4 x 4 latents of 2 channels; "__" stands for a dot."""
-  config = base.get_config()
-  config.data.update(
-    {"source": "shards", "path": str(folder), "shape": (4, 4, 2), "vae": "small"}
-  )
-  config.data.dtype = "float16"
-  config.model.classes = CLASSES
-  config.prepare.update(
-    {"source": str(source), "crop": "center", "weights": "random:1", "workers": 2}
-  )
-  config.prepare.shard_size, config.prepare.batch_size = SHARD, BATCH
-  for name, value in leaves.items():
-    part, leaf = name.split("__")
-    config[part][leaf] = value
-  return config
-
-
-PIXELS = {
-  "data__vae": "",
-  "data__shape": (16, 16, 3),
-  "data__dtype": "uint8",
-  "prepare__weights": "",
-}
-
-
-def make_config(*arguments, **leaves) -> config_lib.Config:
-  return config_lib.resolve(raw(*arguments, **leaves))
-
-
-def contents(folder: pathlib.Path) -> dict[str, bytes]:
-  """Every file that is not about the machine."""
-  return {
-    p.name: p.read_bytes()
-    for p in sorted(folder.iterdir())
-    if p.is_file() and p.name != ".lock"
-  }
-
-
-@pytest.fixture(scope="session")
-def reference(photos, tmp_path_factory) -> pathlib.Path:
-  """A preparation that nobody disturbs."""
-  folder = tmp_path_factory.mktemp("reference") / "shards"
-  with pytest.MonkeyPatch.context() as patch:
-    standins.install(patch)
-    prepare.run(make_config(photos, folder), folder)
-  return folder
+pytestmark = pytest.mark.usefixtures("stand_ins")
 
 
 # --- what is made ---------------------------------------------------------------------
