@@ -14,6 +14,7 @@ import os
 import pathlib
 import resource
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -76,9 +77,10 @@ class RawReader:
   """
 
   def __init__(self, paths: Sequence[pathlib.Path]):
-    self._files: list[int] = []
     self._paths = list(paths)
     _allow_open_files(len(self._paths))
+    self._files: list[int] = []
+    weakref.finalize(self, _close_all, self._files)
     for path in self._paths:
       self._files.append(os.open(path, os.O_RDONLY))
 
@@ -91,10 +93,6 @@ class RawReader:
       space = [buffer[i * size : (i + 1) * size]]
       if os.preadv(self._files[shard], space, row * size) != size:
         raise ConfigError(_cut_short(self._paths[shard]))
-
-  def __del__(self) -> None:
-    for file in self._files:
-      os.close(file)
 
 
 class RecordWriter:
@@ -166,6 +164,11 @@ FORMATS: Mapping[str, Format] = {
   "raw": Format(".bin", RawWriter, RawReader),
   "array_record": Format(".array_record", RecordWriter, RecordReader),
 }
+
+
+def _close_all(handles: list[int]) -> None:
+  for handle in handles:
+    os.close(handle)
 
 
 def _allow_open_files(count: int) -> None:
