@@ -1,4 +1,4 @@
-"""Trains, samples, evaluates or describes what a config says.
+"""Trains, samples, evaluates, prepares or describes what a config says.
 
   python main.py --config=configs/digits.py --workdir=runs/digits --mode=train
 Any leaf of the config can be overridden: --config.optim.lr=2e-4.
@@ -32,7 +32,7 @@ KINDS = {
   tuple: "a tuple",
   dict: "a dict",
 }
-MODES = ("train", "sample", "eval", "describe", "doctor")
+MODES = ("train", "sample", "eval", "prepare", "describe", "doctor")
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment: a file in configs/."
@@ -65,6 +65,8 @@ def main(argv: list[str]) -> None:
   workdir = pathlib.Path(WORKDIR.value).expanduser() if WORKDIR.value else None
   if MODE.value == "doctor":
     sys.exit(0 if _examine(config, workdir) else 1)
+  if workdir is None and MODE.value == "prepare" and config.data.path:
+    workdir = pathlib.Path(config.data.path).expanduser()
   if workdir is None:
     raise ConfigError("--workdir is missing: the folder that this run writes to")
   distributed.start()
@@ -85,12 +87,17 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   from elit_jax import evaluate, sample, train
+  from elit_jax.data import prepare
 
   preemption.install()
   keep_programs(workdir)
-  {"train": train.run, "sample": sample.run, "eval": evaluate.run}[MODE.value](
-    config, workdir
-  )
+  runs = {
+    "train": train.run,
+    "sample": sample.run,
+    "eval": evaluate.run,
+    "prepare": prepare.run,
+  }
+  runs[MODE.value](config, workdir)
   if preemption.requested():
     sys.exit(distributed.quit_code())
 

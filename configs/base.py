@@ -29,7 +29,10 @@ def get_config() -> ConfigDict:
       },
       "data": {
         "source": "synthetic",  # see elit_jax/data/sources.py
+        "path": "",  # of shards and foreign: their folder; docs/data.md
         "shape": (8, 8, 1),  # of a sample: (*space, channels)
+        "vae": "",  # whose latents the samples are: sd | flux | tiny; "": none
+        "dtype": "float32",  # as stored: float32 | float16 (latents) | uint8 (pixels)
       },
       # What a training step may cost, drawn anew each step (DESIGN: "k4" latents a
       # group, "n64" an image, "25%" of all); weights () means uniform.
@@ -99,6 +102,20 @@ def get_config() -> ConfigDict:
         "count": 200,  # samples of every other row
         "guidance_scale": 2.0,  # of the guided rows
         "seed": 1,
+      },
+      # Of --mode=prepare, which makes the shards that `data` describes, in data.path.
+      "prepare": {
+        "source": "",  # images: a folder, tar, zip, ... see elit_jax/data/listings.py
+        "kind": "auto",  # of that source
+        "crop": "center-dhariwal",  # center | center-dhariwal (ADM's) | wide | none
+        "resolution": (),  # (width, height) of the crop; (): that of data.shape
+        "flip": False,  # a mirrored copy of every image, too
+        "weights": "",  # of data.vae: safetensors, or random:SEED as a rehearsal
+        "format": "raw",  # raw (read fastest) | array_record
+        "shard_size": 4096,  # images
+        "batch_size": 64,  # images encoded at once, over the devices of a process
+        "workers": 0,  # threads that decode; 0: one a processor
+        "max_skipped": 100,  # images that cannot be used before it stops
       },
     }
   )

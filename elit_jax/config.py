@@ -11,12 +11,13 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from elit_jax import ema, files, sharding
 from elit_jax.budget import Budget
-from elit_jax.data import sources
+from elit_jax.data import shards, sources, stored
 from elit_jax.errors import ConfigError, lookup, nearest
 from elit_jax.flow.matching import FlowMatching, Null
 from elit_jax.flow.objective import make_objective
@@ -52,7 +53,25 @@ class ElitConfig:
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
   source: str
+  path: str
   shape: tuple[int, ...]
+  vae: str
+  dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+  source: str
+  kind: str
+  crop: str
+  resolution: tuple[int, ...]
+  flip: bool
+  weights: str
+  format: str
+  shard_size: int
+  batch_size: int
+  workers: int
+  max_skipped: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +153,7 @@ class Config:
   sample: SampleConfig
   guidance: GuidanceConfig
   eval: EvalConfig
+  prepare: PrepareConfig
   elit: ElitConfig | None = None
 
 
@@ -161,6 +181,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "sample.steps",
       "eval.draws",
       "model.classes",
+      "prepare.shard_size",
+      "prepare.batch_size",
     ),
     lambda x: x > 0,
     "be above 0",
@@ -171,6 +193,11 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (("optim.beta1", "optim.beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
   (("flow.label_dropout",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
   (("optim.warmup", "train.preview_every"), lambda x: x >= 0, "not be negative"),
+  (
+    ("prepare.workers", "prepare.max_skipped"),
+    lambda x: x >= 0,
+    "not be negative",
+  ),
   # Fewer have no spread.
   (("eval.count", "eval.full_count"), lambda x: x >= 2, "be at least 2"),
   (("eval.guidance_scale",), lambda x: 1 <= x < math.inf, "be at least 1, and finite"),
@@ -194,6 +221,9 @@ def check(config: Config) -> None:
     ema.parse(config.sample.ema)
   profiled_steps(config)
   lookup(sources.SOURCES, config.data.source, "data source")
+  lookup(shards.DTYPES, config.data.dtype, "config.data.dtype")
+  lookup(shards.FORMATS, config.prepare.format, "config.prepare.format")
+  stored.fields(config.data.shape, config.data.vae, config.data.dtype)
   kernels = ("auto", *attention.BACKENDS)
   lookup(dict.fromkeys(kernels), config.model.attention, "config.model.attention")
   lookup(stages.REMAT, config.model.remat, "config.model.remat")
@@ -241,6 +271,12 @@ def make_mesh(config: Config, model: spec.Model) -> Mesh:
   except ValueError as error:
     raise ConfigError(f"config.model.attention: {error}") from None
   return sharding.make_mesh(config.mesh)
+
+
+def example(config: Config) -> jax.ShapeDtypeStruct:
+  """The `image` of one example as its source gives it: see elit_jax/data/stored.py."""
+  shape = stored.stored_shape(config.data.shape, config.data.vae)
+  return jax.ShapeDtypeStruct(shape, shards.DTYPES[config.data.dtype])
 
 
 def _divisors(n: int) -> list[int]:

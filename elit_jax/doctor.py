@@ -322,8 +322,9 @@ def _rate(dtype: str) -> float:
 
 def loader(config: Config, workdir: pathlib.Path | None) -> Finding:
   """Examples a second of the data source, against those that training will ask for."""
+  d, classes = config.data, config.model.classes
   source = sources.make_source(
-    config.data.source, "train", config.data.shape, config.model.classes
+    d.source, "train", d.shape, classes, d.path, d.vae, d.dtype
   )
   rate = loader_rate(source, config.train.batch_size)
   seconds = step_seconds(config)

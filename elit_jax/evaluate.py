@@ -23,6 +23,7 @@ from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.sources import Source
+from elit_jax.data.stored import unpack
 from elit_jax.errors import ConfigError
 from elit_jax.eval import digits, report
 from elit_jax.eval.metrics import clustered_mean, paired_difference, paired_tests
@@ -230,8 +231,8 @@ def compile_loss(
 ) -> Callable:
   """(params, a training batch, draws (R,)) to the loss of each image (B, R).
 
-  The batch is filled up to what divides over the mesh. Noise and time are keyed by
-  (eval.seed, draw, image): the same at every budget.
+  The batch is filled up to what divides over the mesh. Noise, time and, of a latent,
+  the sample are keyed by (eval.seed, draw, image): the same at every budget.
   """
   size = sharding.round_up(config.train.batch_size, mesh)
   undropped = dataclasses.replace(config.flow, label_dropout=0.0)
@@ -245,15 +246,17 @@ def compile_loss(
 
     def one(draw: jax.Array) -> jax.Array:
       key = jax.random.fold_in(jax.random.key(config.eval.seed), draw)
-      t_B, noise, label_B = flow.draw(key, batch)
-      return flow.loss(network, flow.path, batch["image"], noise, t_B, label_B)[0]
+      drawn = unpack(config.data.vae, key, batch)
+      t_B, noise, label_B = flow.draw(key, drawn)
+      return flow.loss(network, flow.path, drawn["image"], noise, t_B, label_B)[0]
 
     return jax.lax.map(one, draws_R).T
 
   split = sharding.split(mesh)
+  example = config_lib.example(config)
   batch = {
     "image": jax.ShapeDtypeStruct(
-      (size, *config.data.shape), np.float32, sharding=split
+      (size, *example.shape), example.dtype, sharding=split
     ),
     "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=split),
     "position": jax.ShapeDtypeStruct((size,), np.int32, sharding=split),

@@ -40,6 +40,11 @@ def requested() -> bool:
   return _requested.is_set()
 
 
+def learn() -> None:
+  """Another process has been asked to leave: from now on `requested` is true here."""
+  _requested.set()
+
+
 def side_by_side(
   jobs: Mapping[K, Callable[[], V]], done: Callable[[int], object]
 ) -> dict[K, V] | None:

@@ -30,6 +30,7 @@ from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
 from elit_jax.data.pipeline import Loader
 from elit_jax.data.sources import Source, make_source
+from elit_jax.data.stored import unpack
 from elit_jax.errors import ConfigError
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
@@ -182,12 +183,18 @@ def open_source(config: Config, split: str = "train") -> Source:
   """The data of a config; ConfigError if its samples are not of `data.shape`, or a
   label lies outside the classes.
   """
-  wanted = config.data.shape
-  source = make_source(config.data.source, split, wanted, config.model.classes)
-  shape = source[0]["image"].shape
-  if shape != wanted:
+  d, example = config.data, config_lib.example(config)
+  source = make_source(
+    d.source, split, d.shape, config.model.classes, d.path, d.vae, d.dtype
+  )
+  image = source[0]["image"]
+  if image.shape != example.shape:
     raise ConfigError(
-      f"config.data.shape is {wanted}, but {source!r} has samples of {shape}"
+      f"config.data.shape is {d.shape}, but {source!r} has samples of {image.shape}"
+    )
+  if image.dtype != example.dtype:
+    raise ConfigError(
+      f"config.data.dtype is {d.dtype!r}, but {source!r} has {image.dtype.name}"
     )
   if source.classes > config.model.classes:
     raise ConfigError(
@@ -259,7 +266,7 @@ def train_step(
     def network(x: jax.Array, t_B: jax.Array, label_B: jax.Array) -> denoiser.Output:
       return denoiser.apply(model, params, x, t_B, label_B, budget)
 
-    return objective(network, key, dict(micro))
+    return objective(network, key, unpack(config.data.vae, key, micro))
 
   grads, metrics = accumulate(
     loss_fn, state["params"], batch, config.train.accumulation
@@ -336,9 +343,10 @@ def put(
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
   """What a step takes besides the state."""
   rows, split = config.train.batch_size, sharding.split(mesh)
+  example = config_lib.example(config)
   return {
     "image": jax.ShapeDtypeStruct(
-      (rows, *config.data.shape), np.float32, sharding=split
+      (rows, *example.shape), example.dtype, sharding=split
     ),
     "label": jax.ShapeDtypeStruct((rows,), np.int32, sharding=split),
     "position": jax.ShapeDtypeStruct((rows,), np.int32, sharding=split),

@@ -4,6 +4,8 @@ What a leaf changes is named beside it: the program of a step, the data, or what
 the modes does and writes. Programs are traced and never compiled. No leaf is exempt.
 """
 
+import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -18,14 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import standins
 from ml_collections import ConfigDict
+from PIL import Image
 
 from configs import base, digits, elit_sit
 from elit_jax import config as config_lib
 from elit_jax import evaluate, files, logs, monitor, sample, sharding, train
-from elit_jax.errors import TrainingStopped
+from elit_jax.data import prepare
+from elit_jax.errors import ConfigError, TrainingStopped
 
-MOST_LEAVES = 60
+MOST_LEAVES = 80
 
 
 class Knob(NamedTuple):
@@ -42,6 +47,14 @@ GUIDED = {"guidance.scale": 2.0}
 
 AVERAGES = {"optim.ema": ("0.9999", "0.99"), "train.preview_every": 50}
 
+PIXELS = {"data.shape": (8, 8, 3), "data.dtype": "uint8", "prepare.crop": "center"}
+LATENTS = PIXELS | {
+  "data.shape": (4, 4, 2),
+  "data.dtype": "float16",
+  "data.vae": "small",
+  "prepare.weights": "random:0",
+}
+
 KNOBS = {
   "seed": Knob(1, "step data budgets init", ELIT),
   "model.preset": Knob("SiT-tiny/4", "step sampling"),
@@ -53,7 +66,10 @@ KNOBS = {
   "mesh": Knob((1, 8, 1), "placement"),
   "model.scan": Knob(False, "step"),
   "data.source": Knob("digits", "data"),
+  "data.path": Knob("elsewhere", "preparing", PIXELS),
   "data.shape": Knob((4, 4, 1), "step data"),
+  "data.vae": Knob("small", "step"),
+  "data.dtype": Knob("uint8", "step"),
   "budgets": Knob(("k4", "k2"), "budgets step", ELIT),
   "budget_weights": Knob((1.0, 3.0), "budgets", ELIT),
   "flow.path": Knob("cosine", "step sampling", {"sample.solver": "sde"}),
@@ -97,6 +113,17 @@ KNOBS = {
   "eval.count": Knob(100, "evaluation"),
   "eval.guidance_scale": Knob(3.0, "evaluation"),
   "eval.seed": Knob(2, "evaluation"),
+  "prepare.source": Knob("others", "preparing", PIXELS),
+  "prepare.kind": Knob("folder", "preparing", PIXELS),
+  "prepare.crop": Knob("wide", "preparing", PIXELS),
+  "prepare.resolution": Knob((8, 4), "preparing", PIXELS | {"prepare.crop": "wide"}),
+  "prepare.flip": Knob(True, "preparing", PIXELS),
+  "prepare.weights": Knob("random:1", "preparing", LATENTS),
+  "prepare.format": Knob("array_record", "preparing", PIXELS),
+  "prepare.shard_size": Knob(2, "preparing", PIXELS),
+  "prepare.batch_size": Knob(2, "preparing", LATENTS),
+  "prepare.workers": Knob(1, "preparing", PIXELS),
+  "prepare.max_skipped": Knob(0, "preparing", PIXELS),
   "elit.window": Knob((4, 4), "step sampling", ELIT),
   "elit.head": Knob(2, "step sampling", ELIT),
   "elit.tail": Knob(2, "step sampling", ELIT),
@@ -288,6 +315,47 @@ def evaluation(config: config_lib.Config) -> Any:
   return recorded(evaluate, config)
 
 
+def preparing(config: config_lib.Config) -> Any:
+  """What `--mode=prepare` opens, writes and says; one of the pictures is broken."""
+  module = sys.modules["elit_jax.data.listings"]
+  open_listing, pool = module.open_listing, concurrent.futures.ThreadPoolExecutor
+  encoder, found = prepare.encoder, []
+
+  def opened(path, kind):
+    found.append((path, kind))
+    return open_listing(path, kind)
+
+  def pooled(*arguments):
+    found.append(arguments[:1] if "decode" in arguments else None)
+    return pool(*arguments)
+
+  def encoding(config):
+    encode, weights = encoder(config)
+    return lambda images: found.append(images.shape) or encode(images), weights
+
+  with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+    patch.chdir(folder)
+    patch.setattr(module, "open_listing", opened)
+    patch.setattr(concurrent.futures, "ThreadPoolExecutor", pooled)
+    patch.setattr(prepare, "encoder", encoding)
+    for i, name in enumerate(("photos/0", "photos/1", "photos/2", "others/0")):
+      path = pathlib.Path(f"{name}.png")
+      path.parent.mkdir(exist_ok=True)
+      pixels = np.random.default_rng(i).integers(0, 256, (17, 19, 3), np.uint8)
+      Image.fromarray(pixels).save(path)
+    pathlib.Path("photos/3.png").write_bytes(b"broken")
+    source = config.prepare.source or "photos"
+    config = dataclasses.replace(
+      config, prepare=dataclasses.replace(config.prepare, source=source)
+    )
+    try:
+      prepare.run(config, pathlib.Path("made"))
+    except ConfigError as error:
+      found.append(str(error))
+    made = sorted(p for p in pathlib.Path().glob("*/*-of-*"))
+    return found, [(str(path), path.read_bytes()) for path in made]
+
+
 EFFECTS = {
   f.__name__: f
   for f in (
@@ -301,6 +369,7 @@ EFFECTS = {
     stopping,
     sampling,
     evaluation,
+    preparing,
   )
 }
 _seen: dict[tuple[str, str], Any] = {}
@@ -311,6 +380,11 @@ def effect_of(name: str, leaves: Mapping[str, Any]) -> Any:
   if key not in _seen:
     _seen[key] = EFFECTS[name](make_config(leaves))
   return _seen[key]
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+  standins.install(monkeypatch)
 
 
 # --- the tests ------------------------------------------------------------------------

@@ -1,8 +1,12 @@
 """The input pipeline: shuffled, repeated, batched examples, whose state is one integer.
 
 grain's elastic iterator lives under `grain.experimental`; only this module knows of it.
+It deals row numbers; a batch of rows is read at once, which sources can do faster than
+one by one.
 """
 
+import collections
+import concurrent.futures
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -59,35 +63,45 @@ class Loader(Iterator[Batch]):
     # The iterator deals the global batch like cards: local example i of process p out
     # of n is example p + i * n of the single-process order.
     self._position = np.arange(index, batch_size, count, dtype=np.int32)
-    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    self._batches = iter(
+    rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    self._rows = iter(
       grain.experimental.ElasticIterator(
-        examples,
+        rows,
         batch_size,
         grain.sharding.ShardOptions(
           shard_index=index, shard_count=count, drop_remainder=True
         ),
-        # The buffer holds batches, not examples: grain's default of 500 would be GBs.
         read_options=grain.ReadOptions(
-          num_threads=threads, prefetch_buffer_size=prefetch if threads else 0
+          num_threads=min(threads, 1), prefetch_buffer_size=prefetch if threads else 0
         ),
       )
     )
+    self._source = source
+    self._seen = 0
+    self._prefetch = prefetch if threads else 0
+    self._pool = concurrent.futures.ThreadPoolExecutor(max(threads, 1), "loader")
+    self._ahead: collections.deque[concurrent.futures.Future[Batch]] = (
+      collections.deque()
+    )
 
   def __next__(self) -> Batch:
-    return {**next(self._batches), "position": self._position.copy()}
+    while len(self._ahead) <= self._prefetch:
+      self._ahead.append(self._pool.submit(gather, self._source, next(self._rows)))
+    batch = self._ahead.popleft().result()
+    self._seen += self.batch_size
+    return {**batch, "position": self._position.copy()}
 
   def state(self) -> dict[str, int]:
     """What `restore` needs to go on behind the last batch: one integer, as JSON.
 
     It is the same on every process and does not depend on how many there are.
     """
-    return {_STATE_KEY: int(self._batches.get_state()[_STATE_KEY])}
+    return {_STATE_KEY: self._seen}
 
   @property
   def seen(self) -> int:
     """Examples dealt so far, by all processes, restored ones included."""
-    return self.state()[_STATE_KEY]
+    return self._seen
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Goes on where `state` was taken; anything else than a state is a ConfigError."""
@@ -97,8 +111,25 @@ class Loader(Iterator[Batch]):
         f"not a loader state: {dict(state)}; "
         f"it should be {{{_STATE_KEY!r}: a count of examples}}"
       )
-    self._batches.set_state({_STATE_KEY: index})
+    self._forget()
+    self._rows.set_state({_STATE_KEY: index})
+    self._seen = index
 
   def close(self) -> None:
     """Stops the reading threads."""
-    self._batches.close()
+    self._forget()
+    self._pool.shutdown(cancel_futures=True)
+    self._rows.close()
+
+  def _forget(self) -> None:
+    """Drops what was read ahead."""
+    while self._ahead:
+      self._ahead.popleft().cancel()
+
+
+def gather(source: Source, rows_B: np.ndarray) -> Batch:
+  """The examples of these rows, stacked on axis 0."""
+  if read := getattr(source, "gather", None):
+    return read(rows_B)
+  examples = [source[row] for row in rows_B.tolist()]
+  return {key: np.stack([e[key] for e in examples]) for key in examples[0]}

@@ -1,15 +1,18 @@
 """Random-access data sources: `len(source)` examples, each a dict of numpy values.
 
-Every example has `image` (H, W, C) float32 in [-1, 1], `label` int32 and `index` int32,
-its row in the full set whatever the split.
+Every example has `image` (H, W, C), `label` int32 and `index` int32, its row in the
+full set whatever the split. The image is float32 in [-1, 1] or, of what was prepared,
+as it is stored: uint8 pixels, or moments of a latent; stored.unpack makes samples.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from elit_jax.data import shards, stored
 from elit_jax.errors import ConfigError, lookup
 
 Example = dict[str, Any]
@@ -25,7 +28,8 @@ _DIGITS_SPLIT_KEY = 2026
 class Source(Protocol):
   """What the pipeline asks of a data source; `repr` must not hold an address.
 
-  classes: every label is below it, and none is negative.
+  classes: every label is below it, and none is negative. A source that reads many
+  examples at once faster than one by one also has `gather`, as shards.ShardSource has.
   """
 
   @property
@@ -134,19 +138,107 @@ def synthetic(
   return SyntheticSource(first, length, tuple(shape), classes)
 
 
-# A new source is one more entry: a function of the split, and of the shape and classes
-# that the config asks for. A source of fixed shape ignores them; who opens it compares.
-SOURCES: Mapping[str, Callable[[str, tuple[int, ...], int], Source]] = {
-  "digits": lambda split, shape, classes: digits(split),
-  "synthetic": lambda split, shape, classes: synthetic(
-    SYNTHETIC_COUNT, shape, classes, split
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+  """What a config asks of its data: shape of a sample, classes, folder, VAE, dtype.
+
+  vae: whose latents the samples are, "": none. dtype: of what is stored.
+  """
+
+  split: str
+  shape: tuple[int, ...]
+  classes: int
+  path: str = ""
+  vae: str = ""
+  dtype: str = "float32"
+
+
+def prepared(wanted: Wanted) -> shards.ShardSource:
+  """What --mode=prepare made; ConfigError naming what does not fit `wanted`."""
+  fields = stored.fields(wanted.shape, wanted.vae, wanted.dtype)
+  return shards.open_shards(_folder(wanted), fields, wanted.classes)
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class ForeignSource:
+  """Latents as the EDM2, REPA and ELIT tools lay them down; see foreign.py."""
+
+  examples: Any  # foreign.ForeignLatents
+
+  @property
+  def classes(self) -> int:
+    """One more than the largest label."""
+    return self.examples.classes
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, index: int) -> Example:
+    example = self.examples[index]
+    mean, std = np.split(example["moments"], 2, axis=-1)
+    # The tools store the deviation; ours is the log of its square, which no
+    # autoencoder has below -30.
+    log_var = 2 * np.log(np.maximum(std, np.float32(np.exp(-15))))
+    image = np.concatenate([mean, log_var], -1, dtype=np.float32)
+    return {"image": image, "label": example["label"], "index": example["index"]}
+
+  def __repr__(self) -> str:
+    return repr(self.examples)
+
+
+def foreign_latents(wanted: Wanted) -> ForeignSource:
+  """Latents that other tools have made; ConfigError if the model wants their labels."""
+  from elit_jax.data import foreign  # few need it
+
+  folder = _folder(wanted)
+  if not wanted.vae:
+    raise ConfigError(
+      f"{folder} holds moments of a VAE: name it in config.data.vae, such as 'sd'"
+    )
+  examples = foreign.open_foreign(folder)
+  if wanted.classes > 1 and not examples.labelled:
+    raise ConfigError(
+      f"{folder} has no labels, and config.model.classes is {wanted.classes}: give it "
+      "a dataset.json with labels, or train one class"
+    )
+  return ForeignSource(examples)
+
+
+def _folder(wanted: Wanted) -> pathlib.Path:
+  """Where the examples of a split lie: held-out ones in a folder of their own."""
+  _check_split(wanted.split)
+  if not wanted.path:
+    raise ConfigError("config.data.path is empty: the folder that holds the examples")
+  folder = pathlib.Path(wanted.path).expanduser()
+  if wanted.split == "all":
+    raise ConfigError(f"{folder} has the splits train and held_out, not 'all'")
+  return folder / "held_out" if wanted.split == "held_out" else folder
+
+
+# A new source is one more entry: a function of what the config asks for. A source of
+# fixed shape ignores that; who opens it compares.
+SOURCES: Mapping[str, Callable[[Wanted], Source]] = {
+  "digits": lambda wanted: digits(wanted.split),
+  "synthetic": lambda wanted: synthetic(
+    SYNTHETIC_COUNT, wanted.shape, wanted.classes, wanted.split
   ),
+  "shards": prepared,
+  "foreign": foreign_latents,
 }
 
 
-def make_source(name: str, split: str, shape: tuple[int, ...], classes: int) -> Source:
+def make_source(
+  name: str,
+  split: str,
+  shape: tuple[int, ...],
+  classes: int,
+  path: str = "",
+  vae: str = "",
+  dtype: str = "float32",
+) -> Source:
   """The source called `name` in SOURCES, for samples of `shape`; or a ConfigError."""
-  return lookup(SOURCES, name, "data source")(split, shape, classes)
+  wanted = Wanted(split, shape, classes, path, vae, dtype)
+  return lookup(SOURCES, name, "data source")(wanted)
 
 
 def _check_split(split: str) -> None:

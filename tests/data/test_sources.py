@@ -1,5 +1,8 @@
 """Sources: the split of the digits is fixed, synthetic rows depend on their number."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 
@@ -74,7 +77,8 @@ def test_synthetic_splits_do_not_overlap():
   assert rows[0] + rows[1] == rows[2] == list(range(10))
 
 
-@pytest.mark.parametrize("name", sorted(sources.SOURCES))
+# Those that need no folder; of the others, test_prepare.py and below.
+@pytest.mark.parametrize("name", sorted({*sources.SOURCES} - {"shards", "foreign"}))
 def test_every_source_of_the_table_keeps_the_contract(name):
   source = sources.make_source(name, "held_out", (8, 8, 1), 10)
   again = sources.make_source(name, "held_out", (8, 8, 1), 10)
@@ -91,3 +95,54 @@ def test_wrong_input_names_what_would_be_right():
     sources.digits("test")
   with pytest.raises(ConfigError, match="classes=0"):
     sources.synthetic(4, (2, 2, 1), 0)
+
+
+class Latents:
+  """As foreign.ForeignLatents: means, then deviations."""
+
+  classes, labelled = 3, True
+
+  def __len__(self):
+    return 2
+
+  def __getitem__(self, index):
+    mean, std = np.full((2, 2, 1), 5, np.float32), np.full((2, 2, 1), 3, np.float32)
+    std[0, 0] = 0
+    moments = np.concatenate([mean, std], -1)
+    return {"moments": moments, "label": np.int32(2), "index": np.int32(index)}
+
+
+@pytest.fixture
+def foreign(monkeypatch):
+  """Where the module looks for folders of other tools."""
+  module = types.ModuleType("elit_jax.data.foreign")
+  opened = []
+  module.open_foreign = lambda path: opened.append(path) or Latents()
+  monkeypatch.setitem(sys.modules, "elit_jax.data.foreign", module)
+  monkeypatch.setattr("elit_jax.data.foreign", module, raising=False)
+  return opened
+
+
+def test_foreign_deviations_become_log_variances(foreign, tmp_path):
+  wanted = ("foreign", "train", (2, 2, 1), 3, str(tmp_path), "sd")
+  source = sources.make_source(*wanted)
+  assert foreign == [tmp_path] and len(source) == 2 and source.classes == 3
+  example = source[1]
+  assert example["image"].dtype == np.float32 and example["image"].shape == (2, 2, 2)
+  np.testing.assert_allclose(example["image"][..., 0], 5)
+  np.testing.assert_allclose(np.exp(example["image"][1, 1, 1] / 2), 3, rtol=1e-6)
+  np.testing.assert_allclose(example["image"][0, 0, 1], -30, rtol=1e-6)
+  assert (example["label"], example["index"]) == (2, 1)
+  sources.make_source(*wanted[:1], "held_out", *wanted[2:])
+  assert foreign[1] == tmp_path / "held_out"
+
+
+def test_foreign_latents_need_a_name_and_labels(foreign, tmp_path, monkeypatch):
+  with pytest.raises(ConfigError, match="name it in config.data.vae"):
+    sources.make_source("foreign", "train", (2, 2, 1), 3, str(tmp_path))
+  with pytest.raises(ConfigError, match="data.path is empty"):
+    sources.make_source("foreign", "train", (2, 2, 1), 3, "", "sd")
+  monkeypatch.setattr(Latents, "labelled", False)
+  with pytest.raises(ConfigError, match="no labels, and config.model.classes is 3"):
+    sources.make_source("foreign", "train", (2, 2, 1), 3, str(tmp_path), "sd")
+  sources.make_source("foreign", "train", (2, 2, 1), 1, str(tmp_path), "sd")

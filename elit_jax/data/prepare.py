@@ -1,0 +1,513 @@
+"""`--mode=prepare`: images to the shards that `config.data` describes.
+
+Which shard an image falls into, and where in a batch it is encoded, hang on the listing
+alone: not on how many processes work, nor on images that cannot be used.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from elit_jax import distributed, files, preemption, sharding
+from elit_jax.config import Config
+from elit_jax.data import shards, stored
+from elit_jax.errors import ConfigError, lookup
+from elit_jax.logs import Progress
+
+AHEAD = 2  # batches being decoded while one is encoded and one written
+SECONDS = 10  # between lines of progress
+
+Encode = Callable[[np.ndarray], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+  """What is to be done, the same on all processes.
+
+  head: the manifest but for its counts. encode: uint8 images (B, H, W, 3) to arrays
+  (B, *shape) that may still be on their way. variants: examples an image gives.
+  """
+
+  listing: Any  # elit_jax.data.listings.Listing
+  crop: Callable[[Any], np.ndarray]
+  picture: tuple[int, int, int]
+  encode: Encode
+  head: Mapping[str, Any]
+  variants: int
+  shard_size: int
+  batch_size: int
+  workers: int
+  max_skipped: int
+
+  @property
+  def names(self) -> list[str]:
+    """Of all shards, in order."""
+    count = -(-len(self.listing) // self.shard_size)
+    return [shards.stem(i, count) for i in range(count)]
+
+  def images(self, shard: int) -> range:
+    """The places in the listing that fall into a shard."""
+    first = shard * self.shard_size
+    return range(first, min(first + self.shard_size, len(self.listing)))
+
+  def pieces(self, shard: int) -> list[range]:
+    """Those images in the batches that are encoded at once."""
+    images = self.images(shard)
+    return [
+      images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)
+    ]
+
+
+# --- what is to be done ---------------------------------------------------------------
+
+
+def job(config: Config) -> Job:
+  """Everything that can be wrong with a preparation is a ConfigError here."""
+  from elit_jax.data import images, listings  # only this mode decodes images
+
+  p, d = config.prepare, config.data
+  if not p.source:
+    raise ConfigError("config.prepare.source is empty: the folder or file of images")
+  height, width = _picture(config)
+  crop = lookup(images.CROPS, p.crop, "config.prepare.crop")
+  size = p.resolution or (width, height)
+  if len(size) != 2 or min(size) < 1:
+    raise ConfigError(
+      f"config.prepare.resolution is {size}: want (width, height), or () for that of "
+      "config.data.shape"
+    )
+  found = crop(Image.new("RGB", (max(size), max(size))), *size).shape
+  if found != (height, width, 3):
+    raise ConfigError(
+      f"crop {p.crop!r} at {size[0]} x {size[1]} gives pictures of {found}, and "
+      f"config.data.shape {d.shape} wants {(height, width, 3)}: change "
+      "config.prepare.resolution or config.data.shape"
+    )
+  listing = listings.open_listing(p.source, p.kind)
+  encode, weights = encoder(config)
+  head = {
+    "version": shards.VERSION,
+    "format": p.format,
+    **stored.fields(d.shape, d.vae, d.dtype),
+    "weights": weights,
+    "input_range": [-1, 1] if d.vae else [0, 255],
+    "resolution": list(size),
+    "crop": p.crop,
+    "flip": p.flip,
+    "shard_size": p.shard_size,
+    "images": len(listing),
+    "source_sha256": listing.digest(),
+    "classes": list(listing.classes),
+  }
+  return Job(
+    listing=listing,
+    crop=lambda image: crop(image, *size),
+    picture=(height, width, 3),
+    encode=encode,
+    head=head,
+    variants=2 if p.flip else 1,
+    shard_size=p.shard_size,
+    batch_size=p.batch_size,
+    workers=p.workers or os.cpu_count() or 1,
+    max_skipped=p.max_skipped,
+  )
+
+
+def _picture(config: Config) -> tuple[int, int]:
+  """(height, width) of the pictures that give samples of `data.shape`."""
+  d = config.data
+  if len(d.shape) != 3:
+    raise ConfigError(
+      f"config.data.shape is {d.shape}: images give (height, width, channels)"
+    )
+  height, width, channels = d.shape
+  factor, wanted, dtypes = 1, 3, ["uint8"]
+  if d.vae:
+    from elit_jax.models import vae
+
+    found = vae.vae(d.vae)
+    factor, wanted, dtypes = found.factor, found.latent_channels, ["float16", "float32"]
+  if channels != wanted:
+    what = f"latents of the VAE {d.vae!r} have" if d.vae else "pixels have"
+    raise ConfigError(
+      f"config.data.shape is {d.shape}, and {what} {wanted} channels: use "
+      f"{(height, width, wanted)}, or another config.data.vae"
+    )
+  if d.dtype not in dtypes:
+    what = f"moments of the VAE {d.vae!r}" if d.vae else "pixels"
+    raise ConfigError(
+      f"config.data.dtype is {d.dtype!r}: {what} are stored as {' or '.join(dtypes)}"
+    )
+  return height * factor, width * factor
+
+
+def encoder(config: Config) -> tuple[Encode, str]:
+  """How pictures become what is stored, and which weights do that.
+
+  The weights are a sha256, or "random:SEED" as the config has it, or "" for pixels.
+  """
+  name, weights = config.data.vae, config.prepare.weights
+  if not name:
+    if weights:
+      raise ConfigError(
+        f"config.prepare.weights is {weights!r} but config.data.vae is empty: name the "
+        "VAE, or leave both empty to store pixels"
+      )
+    return (lambda images: images), ""
+  if not weights:
+    raise ConfigError(
+      f"config.prepare.weights is empty: give the safetensors of the VAE {name!r}, or "
+      "random:0 to rehearse"
+    )
+  from elit_jax.models import vae
+
+  found = vae.vae(name)
+  kind, colon, seed = weights.partition(":")
+  if kind == "random" and colon:
+    if not seed.isdecimal() or int(seed) >= 2**32:
+      raise ConfigError(
+        f"config.prepare.weights is {weights!r}: want random:SEED such as random:0"
+      )
+    params, identity = vae.init(found, jax.random.key(int(seed))), weights
+  else:
+    from elit_jax.ports import vae as port
+
+    params, identity = port.load(found, pathlib.Path(weights).expanduser())
+  dtype = shards.DTYPES[config.data.dtype]
+  return compile_encoder(functools.partial(vae.encode, found), params, dtype), identity
+
+
+def compile_encoder(encode: Callable, params: Any, dtype: np.dtype) -> Encode:
+  """uint8 images (B, H, W, 3) to moments (B, h, w, 2 Z), over this process's devices.
+
+  A batch is filled up to what divides over them.
+  """
+  mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
+  params = jax.device_put(params, sharding.replicated(mesh))
+
+  def moments(params: Any, images: jax.Array) -> jax.Array:
+    x = images.astype(jnp.float32) / 127.5 - 1
+    return encode(params, x).astype(dtype)
+
+  program = jax.jit(sharding.on_mesh(mesh, moments), out_shardings=sharding.split(mesh))
+
+  def run(images: np.ndarray) -> jax.Array:
+    pad = sharding.round_up(len(images), mesh) - len(images)
+    padded = np.pad(images, ((0, pad), (0, 0), (0, 0), (0, 0)))
+    return program(params, jax.device_put(padded, sharding.split(mesh)))[: len(images)]
+
+  return run
+
+
+# --- doing it -------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+  """Images that cannot be used, those of other processes included; and where time went.
+
+  seconds: of the thread that writes, by what it did or waited for.
+  """
+
+  skipped: int = 0
+  seconds: dict[str, float] = field(
+    default_factory=functools.partial(collections.defaultdict, float)
+  )
+
+  @contextlib.contextmanager
+  def time(self, what: str) -> Iterator[None]:
+    """Counts the time of the block."""
+    start = time.monotonic()
+    try:
+      yield
+    finally:
+      self.seconds[what] += time.monotonic() - start
+
+  def shares(self) -> str:
+    """decode 61 % | encode 30 % | write 9 %."""
+    total = sum(self.seconds.values()) or 1
+    return " | ".join(f"{k} {100 * v / total:.0f} %" for k, v in self.seconds.items())
+
+
+def run(config: Config, workdir: pathlib.Path) -> None:
+  """`--mode=prepare`: shards in `data.path`, or in the workdir where that is empty.
+
+  Goes on where an earlier run with the same settings stopped, and mends what is
+  damaged. The manifest comes last, and without one nothing is read.
+  """
+  folder = pathlib.Path(config.data.path or workdir).expanduser()
+  todo = distributed.together(lambda: job(config))
+  distributed.open_folder(folder)
+  with distributed.held_by_leader(files.only_writer(folder)):
+    distributed.on_leader(lambda: begin(folder, todo))
+    found = find_all(folder, todo)
+    missing = [i for i, name in enumerate(todo.names) if name not in found]
+    logging.info(
+      "phase prepare | %d images | %d of %d shards are there",
+      *(len(todo.listing), len(found), len(todo.names)),
+    )
+    tally = Tally(skipped=sum(len(r["skipped"]) for r in found.values()))
+    if not make_all(folder, todo, missing, tally):
+      logging.info("termination signal: leaving, run again for the rest")
+      return
+    if missing:
+      logging.info("phase prepare | time went to: %s", tally.shares())
+    distributed.on_leader(lambda: finish(folder, todo))
+
+
+# What the shards of a folder must have in common. The rest of a head follows from it.
+LEAVES = (
+  "version",
+  "format",
+  "content",
+  "vae",
+  "shape",
+  "dtype",
+  "scale",
+  "shift",
+  "weights",
+  "resolution",
+  "crop",
+  "flip",
+  "shard_size",
+  "images",
+  "source_sha256",
+)
+
+
+def begin(folder: pathlib.Path, todo: Job) -> None:
+  """Refuses a folder of other settings; removes what a killed run left unfinished."""
+  files.claim(folder / shards.SETTINGS, todo.head, LEAVES)
+  shards.sweep(folder)
+
+
+def find_all(folder: pathlib.Path, todo: Job) -> dict[str, dict[str, Any]]:
+  """The records of all shards that are whole; each process looks at its share."""
+  index, count = jax.process_index(), jax.process_count()
+  mine = shards.find_all(folder, todo.names[index::count], todo.head["format"])
+  if count == 1:
+    return mine
+  whole = np.array([name in mine for name in todo.names])
+  whole = multihost_utils.process_allgather(whole).any(0)
+  there = [n for n, is_whole in zip(todo.names, whole, strict=True) if is_whole]
+  return {name: files.read_json(folder / f"{name}.json") for name in there}
+
+
+def make_all(
+  folder: pathlib.Path, todo: Job, missing: Sequence[int], tally: Tally
+) -> bool:
+  """Makes the missing shards, one a process in each round; False if asked to leave.
+
+  What goes wrong on one process is raised on all at the end of the round.
+  """
+  index, count = jax.process_index(), jax.process_count()
+  mine = missing[index::count]
+  with contextlib.closing(make(folder, todo, mine, tally)) as making:
+    for done in range(-(-len(missing) // count)):
+      before = tally.skipped
+      shard = distributed.together(lambda: next(making, None))
+      left = done < len(mine) and shard is None
+      if count > 1:
+        report = np.array([left, tally.skipped - before])
+        everyone = multihost_utils.process_allgather(report)
+        left, tally.skipped = everyone[:, 0].any(), before + int(everyone[:, 1].sum())
+      if left:
+        preemption.learn()
+        return False
+  return True
+
+
+class _Leave(Exception):
+  """A termination signal came."""
+
+
+def make(
+  folder: pathlib.Path, todo: Job, mine: Sequence[int], tally: Tally
+) -> Generator[int, None, None]:
+  """Makes shards one after another; yields each when it is there.
+
+  Ends early after a termination signal. ConfigError if more than `max_skipped` images
+  cannot be used, or nothing more can be written; whole shards stay.
+  """
+  total = sum(len(todo.images(shard)) for shard in mine)
+  progress = Progress("prepare", total, 1)
+  done, shown = 0, -math.inf
+  with concurrent.futures.ThreadPoolExecutor(todo.workers, "decode") as pool:
+    pieces = [piece for shard in mine for piece in todo.pieces(shard)]
+    stream = encoded(todo, decoded(todo, pool, pieces, tally), tally)
+    try:
+      for shard in mine:
+        name, head = todo.names[shard], todo.head
+        with shards.ShardWriter(folder, name, head["format"], head["dtype"]) as writer:
+          for _ in todo.pieces(shard):
+            if preemption.requested():
+              raise _Leave
+            ready = next(stream)
+            with tally.time("write"):
+              write(todo, writer, ready)
+            tally.skipped += sum(map(bool, ready.reasons))
+            check_skipped(folder, todo, writer, tally.skipped)
+            done += len(ready.images)
+            if done == total or time.monotonic() - shown > SECONDS:
+              shown = time.monotonic()
+              progress.update(done, notes=[f"{tally.skipped} skipped"])
+          with tally.time("write"):
+            writer.finish()
+        yield shard
+    except _Leave:
+      return
+    finally:
+      pool.shutdown(wait=False, cancel_futures=True)
+
+
+class Ready(NamedTuple):
+  """Images of the listing, why each cannot be used ("": it can), and what they give.
+
+  rows: pictures (batch_size, H, W, 3), or of encoded ones (batch_size * variants,
+  *shape); nothing can be said of the rows of unused images and beyond the last.
+  """
+
+  images: Sequence[int]
+  reasons: list[str]
+  rows: Any
+
+
+def decoded(
+  todo: Job,
+  pool: concurrent.futures.Executor,
+  pieces: Iterable[Sequence[int]],
+  tally: Tally,
+) -> Iterator[Ready]:
+  """The pictures of each piece, decoded ahead by the pool."""
+  waiting: collections.deque = collections.deque()
+
+  def take() -> Ready:
+    images, futures = waiting.popleft()
+    # The place of a picture in its batch is that of the listing: no image moves
+    # another one.
+    pictures = np.zeros((todo.batch_size, *todo.picture), np.uint8)
+    reasons = []
+    with tally.time("decode"):
+      for place, future in enumerate(futures):
+        picture, reason = future.result()
+        reasons.append(reason)
+        if picture is not None:
+          pictures[place] = picture
+    return Ready(images, reasons, pictures)
+
+  for images in pieces:
+    waiting.append((images, [pool.submit(load, todo, i) for i in images]))
+    if len(waiting) > AHEAD:
+      yield take()
+  while waiting:
+    yield take()
+
+
+def load(todo: Job, image: int) -> tuple[np.ndarray | None, str]:
+  """The picture of an image of the listing, or why there is none."""
+  from elit_jax.data import images
+
+  try:
+    picture = todo.crop(images.decode(todo.listing.read(image)))
+  except images.Unreadable as error:
+    return None, str(error)
+  if picture.shape != todo.picture:
+    return None, f"gives a picture of {picture.shape}"
+  return picture, ""
+
+
+def encoded(todo: Job, stream: Iterable[Ready], tally: Tally) -> Iterator[Ready]:
+  """What is stored of each piece; the device works on one while the last is fetched."""
+  running: Ready | None = None
+
+  def fetch(ready: Ready) -> Ready:
+    with tally.time("encode"):
+      rows = np.asarray(ready.rows)
+    if rows.dtype.kind != "f":
+      return ready._replace(rows=rows)
+    finite = np.isfinite(rows.reshape(todo.batch_size, -1)).all(1)
+    reasons = [
+      reason or ("" if good else "its moments are not finite")
+      for reason, good in zip(ready.reasons, finite, strict=False)
+    ]
+    return ready._replace(rows=rows, reasons=reasons)
+
+  for ready in stream:
+    with tally.time("encode"):
+      pictures = ready.rows
+      if todo.variants == 2:
+        pair = np.stack([pictures, pictures[:, :, ::-1]], 1)
+        pictures = pair.reshape(-1, *todo.picture)
+      started = ready._replace(rows=todo.encode(pictures))
+    if running is not None:
+      yield fetch(running)
+    running = started
+  if running is not None:
+    yield fetch(running)
+
+
+def write(todo: Job, writer: shards.ShardWriter, ready: Ready) -> None:
+  """Adds what a piece gives to its shard; of each image all variants in a row."""
+  good = np.array([not reason for reason in ready.reasons], bool)
+  labels = np.array([todo.listing.label(i) for i in ready.images], np.int32)
+  rows = ready.rows[: len(good) * todo.variants]
+  writer.write(rows[np.repeat(good, todo.variants)], labels[good].repeat(todo.variants))
+  for image, reason in zip(ready.images, ready.reasons, strict=True):
+    if reason:
+      writer.skip(todo.listing.name(image), reason)
+
+
+def check_skipped(
+  folder: pathlib.Path, todo: Job, writer: shards.ShardWriter, count: int
+) -> None:
+  """Raises ConfigError if too many images cannot be used, and lists them."""
+  if count <= todo.max_skipped:
+    return
+  if distributed.is_leader():
+    shards.write_skipped(folder, [*known_skips(folder, todo), *writer.skipped])
+  last = writer.skipped[-1] if writer.skipped else {"name": "?", "reason": "?"}
+  raise ConfigError(
+    f"{count} images cannot be used, which is more than config.prepare.max_skipped "
+    f"{todo.max_skipped} (the last is {last['name']}: {last['reason']}; all are in "
+    f"{folder / shards.SKIPPED}): mend them, or allow more and run again"
+  )
+
+
+def known_skips(folder: pathlib.Path, todo: Job) -> list[dict[str, str]]:
+  """The images that whole shards have left out."""
+  paths = [folder / f"{name}.json" for name in todo.names]
+  return [
+    s for path in paths if path.exists() for s in files.read_json(path)["skipped"]
+  ]
+
+
+def finish(folder: pathlib.Path, todo: Job) -> None:
+  """Writes the manifest of a folder that has all its shards."""
+  records = [files.read_json(folder / f"{name}.json") for name in todo.names]
+  skipped = sum(len(record["skipped"]) for record in records)
+  count = sum(record["count"] for record in records)
+  if skipped > todo.max_skipped or not count:
+    shards.write_skipped(folder, known_skips(folder, todo))
+    raise ConfigError(
+      f"{skipped} of {len(todo.listing)} images cannot be used, and "
+      f"config.prepare.max_skipped is {todo.max_skipped}: see {folder / shards.SKIPPED}"
+    )
+  shards.write_manifest(folder, todo.head, records)
+  logging.info(
+    "phase prepare | %d examples in %s, %d images skipped", count, folder, skipped
+  )

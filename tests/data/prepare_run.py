@@ -1,0 +1,37 @@
+"""`main.py` with the stand-ins, and with pauses where the environment asks for them."""
+
+import importlib
+import os
+import pathlib
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+standins = importlib.import_module("standins")
+standins.install(pytest.MonkeyPatch())
+main, prepare, shards = map(
+  importlib.import_module,
+  ("main", "elit_jax.data.prepare", "elit_jax.data.shards"),
+)
+
+
+def slowed(function):
+  """With a pause before each call."""
+  pause = float(os.environ.get("PAUSE", "0"))
+
+  def call(*arguments):
+    time.sleep(pause)
+    return function(*arguments)
+
+  return call
+
+
+prepare.load = slowed(prepare.load)
+shards.checksum = slowed(shards.checksum)  # between the files of a shard, too
+
+if __name__ == "__main__":
+  main.cli()
