@@ -1,0 +1,94 @@
+"""The runs of ImageNet: each is built, and costs what its table says."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import imagenet
+from elit_jax import config as config_lib
+from elit_jax.errors import ConfigError
+from elit_jax.models import denoiser, spec
+
+
+def teraflops(config) -> float:
+  """Of a training step: three forward passes of a batch, the mean over budgets."""
+  model = config_lib.build_model(config)
+  budgets = config_lib.budgets(config, model)
+  flops = np.mean([spec.flops(model, config.data.shape, b) for b in budgets])
+  return 3e-12 * flops * config.train.batch_size
+
+
+def row(run: str) -> str:
+  """A run's line in the docstring of configs/imagenet.py."""
+  config = config_lib.resolve(imagenet.get_config(run))
+  work = teraflops(config)
+  hours = [
+    1e12 * work * config.train.steps / (imagenet.REACHED * peak) / 3600
+    for peak in imagenet.CHIPS.values()
+  ]
+  fid, score = imagenet.PUBLISHED.get(run, (None, None))
+  cells = (f"{work:.2f}", *(f"{h:.0f}" for h in hours), fid or "-", score or "-")
+  return f"{run:<15}" + "".join(
+    f"{cell:>{w}}" for cell, w in zip(cells, (16, 12, 11, 7, 8), strict=True)
+  )
+
+
+def table() -> str:
+  """All of them."""
+  head = "run              TFLOPs a step  H100-hours  v5p-hours    FID      IS"
+  return "\n".join([head, *map(row, imagenet.RUNS)])
+
+
+def test_the_table_is_what_the_models_cost():
+  assert table() in imagenet.__doc__
+
+
+# ELIT, tables of appendix: TFLOPs of a training iteration at batch 256.
+PUBLISHED = {
+  "sit-xl-256": 182.20,
+  "sit-xl-512": 805.69,
+  "elit-xl-256": 188.49,
+  "elit-xl-512": 831.20,
+}
+
+
+@pytest.mark.parametrize("run", PUBLISHED)
+def test_published_costs(run):
+  config = config_lib.resolve(imagenet.get_config(run))
+  assert teraflops(config) == pytest.approx(PUBLISHED[run], rel=3e-4)
+
+
+@pytest.mark.parametrize("run", imagenet.RUNS)
+def test_every_run_is_built(run):
+  """By shapes, XL included; and it is the run that its name says."""
+  config = config_lib.resolve(imagenet.get_config(run))
+  model = config_lib.build_model(config)
+  budgets = config_lib.budgets(config, model)
+  _, size, pixels, kind = (*run.split("-"), "")[:4]
+  assert model.width == {"b": 768, "xl": 1152}[size]
+  assert config.data.shape == (int(pixels) // 8, int(pixels) // 8, 4)
+  slots = {"256": 16, "512": 64}[pixels]
+  kept = [spec.kept(read, b) for b in budgets if (read := spec.find(model, spec.Read))]
+  wanted = {
+    "": [slots],
+    "mb": [*range(1, slots + 1)],
+    "75": [*range(slots // 4, slots + 1)],
+  }
+  assert kept == (wanted[kind] if run.startswith("elit") else [])
+  batch = (
+    jax.ShapeDtypeStruct((2, *config.data.shape), np.float32),
+    jax.ShapeDtypeStruct((2,), np.float32),
+    jax.ShapeDtypeStruct((2,), np.int32),
+  )
+  out = jax.eval_shape(
+    lambda params, x, t, label: denoiser.apply(model, params, x, t, label, budgets[0]),
+    denoiser.abstract_params(model),
+    *batch,
+  )
+  channels = 8 if run.startswith("dit") else 4  # a learned variance besides
+  assert out.prediction.shape == (2, *config.data.shape[:2], channels)
+
+
+def test_an_unknown_run_is_a_sentence():
+  with pytest.raises(ConfigError, match="unknown run 'elit-xl-1024': did you mean 'el"):
+    imagenet.get_config("elit-xl-1024")
