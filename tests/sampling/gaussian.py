@@ -1,7 +1,7 @@
 """Data N(mean, std^2): what a perfect network predicts, and what a sampler makes of it.
 
-All is linear there, so that mean and variance of the samples follow without drawing any:
-from a few runs of the sampler itself, one for each source of randomness.
+All is linear there, so that mean and variance of the samples follow without drawing
+any: from a few runs of the sampler itself, one for each source of randomness.
 """
 
 import functools
@@ -47,7 +47,7 @@ def expected(path: Process, t: np.ndarray, what: Prediction) -> tuple[Any, Any]:
 
 
 def fraction(path: Process, times: np.ndarray) -> np.ndarray:
-  """What a perfect network says of its variance: that of x_s given x_t, data unknown."""
+  """What a perfect network says of its variance: that of x_s given x_t alone."""
   t, s = times[:-1], times[1:]
   q = posterior(path, t, s)
   small = np.append(q.small[:-1], q.small[-2])
@@ -64,7 +64,7 @@ def moments(
   prediction: Prediction = "velocity",
   learned: bool = False,
 ) -> Moments:
-  """Mean and variance of what comes out where x has those of noisy data at the start."""
+  """Of what comes out, where x has those of noisy data at the start."""
   made = stepper(solver)
   times = made.times(path, steps)
   evaluated = made.evaluated(times)
