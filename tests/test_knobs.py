@@ -107,7 +107,9 @@ KNOBS = {
   "guidance.budget": Knob("k1", "sampling", ELIT | GUIDED),
   "guidance.low": Knob(0.3, "sampling", GUIDED),
   "guidance.high": Knob(0.7, "sampling", GUIDED),
-  "guidance.channels": Knob("three", "sampling", GUIDED | {"data.shape": (8, 8, 4)}),
+  "guidance.channels": Knob(
+    "three", "sampling evaluation", GUIDED | {"data.shape": (8, 8, 4)}
+  ),
   "eval.draws": Knob(8, "evaluation"),
   "eval.full_count": Knob(300, "evaluation"),
   "eval.count": Knob(100, "evaluation"),

@@ -1,7 +1,7 @@
 """Data N(mean, std^2): what a perfect network predicts, and what a sampler makes of it.
 
-All is linear there: mean and variance of the samples follow without drawing any,
-from a few runs of the sampler itself, one for each source of randomness.
+All is linear there, so that mean and variance of the samples follow without drawing
+any: from a few runs of the sampler itself, one for each source of randomness.
 """
 
 import functools
@@ -64,7 +64,7 @@ def moments(
   prediction: Prediction = "velocity",
   learned: bool = False,
 ) -> Moments:
-  """Mean and variance of what comes out; x has those of noisy data at the start."""
+  """Of what comes out, where x has those of noisy data at the start."""
   made = stepper(solver)
   times = made.times(path, steps)
   evaluated = made.evaluated(times)

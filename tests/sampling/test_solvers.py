@@ -1,11 +1,17 @@
 """Every solver, on every path and from every prediction, against closed forms."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import PROCESSES, convert, process
-from elit_jax.sampling import ancestral, ode
+from elit_jax.sampling import ancestral, ode, sampler
+from elit_jax.sampling.plan import Phase
 from elit_jax.sampling.steppers import stepper
 from elit_jax.sampling.stochastic import FORMS, LAST_STEP
 
@@ -157,6 +163,8 @@ def test_even_respacing_is_the_formula():
     formula = [round(k * (999 / (count - 1))) for k in range(count)]
     gap = np.abs(np.subtract(ancestral.even(1000, count), formula))
     assert gap.max() <= count % 2, count
+  # 49.95 summed up ten times is a little less than 499.5.
+  assert ancestral.even(1000, 21)[9:12] == [450, 499, 549]
 
 
 def test_even_respacing_has_as_many_as_asked_for():
@@ -268,6 +276,31 @@ def test_ddim_by_its_formula():
   direction = np.sqrt(1 - before - sigma**2)
   by_noise = direction - np.sqrt(before) * np.sqrt(1 / abar - 1)
   np.testing.assert_allclose(rows["prediction"], by_noise, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+  "solver,drawn",
+  [(name, 0) for name in ("euler", "heun", "rk5", "ddim", "ddim 0 even")]
+  + [(name, 1) for name in ("sde", "ddpm", "ddim 0.1", "ddim 1")],
+)
+def test_only_stochastic_solvers_draw_noise(solver: str, drawn: int):
+  asked = []
+
+  def noise(step):
+    asked.append(step)
+    return jnp.zeros((2, 3))
+
+  follow = functools.partial(
+    sampler.sample,
+    (Phase(4, Budget()),),
+    stepper(solver),
+    process("linear"),
+    lambda budget: lambda cache, x, at, cond: (cache, x),
+    lambda cond: cond,
+    noise=noise,
+  )
+  jax.eval_shape(follow, jnp.zeros((2, 3)), jnp.zeros(2))
+  assert len(asked) == drawn
 
 
 def test_a_noise_network_and_its_velocity_twin_sample_alike():
