@@ -125,8 +125,7 @@ def rounded(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
 
 def check_unused(workdir: pathlib.Path) -> None:
   """ConfigError if a workdir has a run already."""
-  folder = workdir / "checkpoints"
-  if (workdir / "config.json").exists() or (folder.is_dir() and any(folder.iterdir())):
+  if sample.trained_config(workdir) is not None:
     raise ConfigError(f"workdir {workdir} has a run already: import into a new one")
 
 
@@ -167,14 +166,13 @@ def _read_whole(
 def _hint(tensors: Mapping[str, np.ndarray], model: Model) -> str:
   """In which numbers a file's network differs from the config's, if it is one."""
   try:
-    found = sit.differences(sit.model_of(tensors, model), model)
+    found = sit.model_of(tensors, model)
   except ConfigError:
     return ""
-  if not found:
-    return ""
-  return (
-    f"it has {', '.join(found)} (change the config, or take what fits by --graft); "
-  )
+  differences = sit.differences(found, model)
+  graft = ", or take what fits by --graft" if found.width == model.width else ""
+  advice = f" (change the config{graft}); "
+  return f"it has {', '.join(differences)}{advice}" if differences else ""
 
 
 def _log(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -194,14 +192,14 @@ def _grafted(
   """
   source = _of_run(path) if path.is_dir() else _of_file(path, model, config)
   grid = spec.grid_of(model, config.data.shape)
-  init = jax.jit(functools.partial(denoiser.init, model))
-  fresh = jax.device_get(init(jax.random.key(config.seed)))
   try:
-    params, notes = surgery.graft(
-      source.params, source.model, model, fresh, same_grid=source.grid == grid
-    )
+    surgery.check_width(source.model, model)
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from None
+  fresh = jax.device_get(_fresh(model, jax.random.key(config.seed)))
+  params, notes = surgery.graft(
+    source.params, source.model, model, fresh, same_grid=source.grid == grid
+  )
   if notes and not partly:
     raise ConfigError(
       f"{path} does not fit: {'; '.join(notes)} (--graft takes what fits)"
@@ -219,6 +217,12 @@ def _grafted(
     logging.info("%s | %s", source.name, note)
   at = sharding.shardings(sharding.place(mesh, denoiser.abstract_params(model)))
   return jax.device_put(params, at), notes
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fresh(model: Model, key: jax.Array) -> Params:
+  """The parameters that a run with this key would begin with."""
+  return denoiser.init(model, key)
 
 
 def _of_file(path: pathlib.Path, like: Model, config: Config) -> Source:
@@ -263,6 +267,14 @@ def _save(config: Config, mesh: Mesh, workdir: pathlib.Path, params: Params) -> 
   )
   host = {"data": pipeline.START, "window": []}
   keep = config.checkpoint
-  with Checkpointer(workdir / "checkpoints", keep.keep, keep.keep_every) as checkpoints:
-    checkpoints.save(0, begin(params), host, config_lib.to_json(config))
-    checkpoints.wait()
+  try:
+    with Checkpointer(
+      workdir / "checkpoints", keep.keep, keep.keep_every
+    ) as checkpoints:
+      checkpoints.save(0, begin(params), host, config_lib.to_json(config))
+      checkpoints.wait()
+  except ConfigError:
+    raise
+  except (OSError, ValueError) as error:  # Orbax has both for a full disk
+    reason = " ".join(str(error).split())[:300]
+    raise ConfigError(f"cannot write {workdir}: {reason}") from None

@@ -96,10 +96,7 @@ def graft(
   returns what is not as in `source` and why, with the names of all arrays. ConfigError
   if the widths differ, where nothing fits.
   """
-  if source.width != target.width:
-    raise ConfigError(
-      f"nothing fits: the width is {source.width} there and {target.width} here"
-    )
+  check_width(source, target)
   theirs, ours = _by_block(params, source), _by_block(fresh, target)
   windows = [_window(model) for model in (source, target)]
   channels = [model.channels for model in (source, target)]
@@ -126,6 +123,14 @@ def graft(
       notes.setdefault("left, as this model has none", []).append(name)
   lines = [f"{why}: {', '.join(trees.grouped(n))}" for why, n in notes.items()]
   return _stacked(out, target, fresh), lines
+
+
+def check_width(source: Model, target: Model) -> None:
+  """ConfigError if nothing of one network fits another."""
+  if source.width != target.width:
+    raise ConfigError(
+      f"nothing fits: the width is {source.width} there and {target.width} here"
+    )
 
 
 def _window(model: Model) -> Grid | None:

@@ -74,7 +74,7 @@ def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   check_new(path)
   _, writer = _kind(path)
   files.make_folder(path.parent)
-  contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+  contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
   try:
     with files.atomic(path) as partial:
       writer(partial, contiguous)
