@@ -1,5 +1,6 @@
 """Weights of others become a run, and a run's weights a file, on the command line."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -405,7 +406,7 @@ CASES = {
     take("plain", WIDE), ("blocks 4, not 5, width 32, not 128 (change the config);",)
   ),
   "a learned variance": Case(
-    take("plain", "--config.model.preset=DiT-tiny/2"), ("output channels 1, not 2",)
+    take("variance"), ("output channels 2, not 1", "final_layer.linear.bias has shape")
   ),
   "QK-norm": Case(
     take("plain", "--config.model.qk_norm=True"),
@@ -483,6 +484,7 @@ def tmp(tmp_path_factory) -> pathlib.Path:
   wrong = {
     "plain": p,
     "elit": elit(),
+    "variance": random_tensors(dataclasses.replace(PLAIN_MODEL, out_channels=2)),
     "else": {"lstm.weight": zero},
     "missing": {n: t for n, t in p.items() if n not in lacking},
     "half": {n: t for n, t in p.items() if "attn" not in n or "blocks.3" in n},
