@@ -161,7 +161,10 @@ def _view(data: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
 
 
 def _write_safetensors(path: pathlib.Path, tensors: Tensors) -> None:
+  path.touch()
+  mode = path.stat().st_mode
   save_file(tensors, path, metadata={"format": "pt"})
+  path.chmod(mode)  # the library's files are for their owner alone
 
 
 # --- PyTorch --------------------------------------------------------------------------

@@ -92,6 +92,13 @@ def test_an_existing_file_is_not_written_over(tmp_path: pathlib.Path) -> None:
   assert path.read_text() == "precious"
 
 
+def test_a_file_may_be_read_by_whom_others_may(tmp_path: pathlib.Path) -> None:
+  files.write(tmp_path / "x.safetensors", arrays("a"))
+  (tmp_path / "other").touch()
+  modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+  assert len(modes) == 1
+
+
 def test_a_failed_write_leaves_nothing(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
