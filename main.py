@@ -1,9 +1,10 @@
-"""Trains, samples, evaluates, prepares or describes what a config says.
+"""What a config says: train, sample, evaluate, prepare data, describe, import, export.
 
   python main.py --config=configs/digits.py --workdir=runs/digits --mode=train
 Any leaf of the config can be overridden: --config.optim.lr=2e-4.
 """
 
+import functools
 import inspect
 import json
 import logging as stdlogging
@@ -12,6 +13,7 @@ import re
 import runpy
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
@@ -32,7 +34,10 @@ KINDS = {
   tuple: "a tuple",
   dict: "a dict",
 }
-MODES = ("train", "sample", "eval", "prepare", "describe", "doctor")
+MODES = (
+  *("train", "sample", "eval", "prepare"),
+  *("import", "export", "describe", "doctor"),
+)
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment: a file in configs/."
@@ -41,6 +46,10 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 MODE = flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
 JSON = flags.DEFINE_bool("json", False, "describe: print JSON.")
 BUDGETS = flags.DEFINE_list("budgets", [], "describe: budgets, such as k1,k4,25%.")
+SOURCE = flags.DEFINE_string("source", None, "import: a file of weights, or a workdir.")
+GRAFT = flags.DEFINE_bool("graft", False, "import: take what fits of another network.")
+TARGET = flags.DEFINE_string("target", None, "export: a new .safetensors or .pt file.")
+DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, float16 or bfloat16.")
 
 
 def main(argv: list[str]) -> None:
@@ -86,18 +95,24 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
 
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  from elit_jax import evaluate, sample, train
+  from elit_jax import evaluate, exchange, sample, train
   from elit_jax.data import prepare
 
   preemption.install()
   keep_programs(workdir)
-  runs = {
+  run: dict[str, Callable[[config_lib.Config, pathlib.Path], None]] = {
     "train": train.run,
     "sample": sample.run,
     "eval": evaluate.run,
     "prepare": prepare.run,
+    "import": functools.partial(
+      exchange.run_import, source=SOURCE.value, graft=GRAFT.value
+    ),
+    "export": functools.partial(
+      exchange.run_export, target=TARGET.value, dtype=DTYPE.value
+    ),
   }
-  runs[MODE.value](config, workdir)
+  run[MODE.value](config, workdir)
   if preemption.requested():
     sys.exit(distributed.quit_code())
 
@@ -197,7 +212,7 @@ def read_config(text: str) -> ConfigDict:
 def _refusal(text: str, leaves: dict[str, Any]) -> str:
   """What absl says of a flag, in our words where its value has the wrong type."""
   match = REFUSED.match(text)
-  examples = leaves | {"json": False}
+  examples = leaves | {"json": False, "graft": False}
   if match is None or type(examples.get(match[1])) not in KINDS:
     return " ".join(text.split())
   name, value, example = match[1], match[2], examples[match[1]]

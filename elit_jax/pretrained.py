@@ -137,7 +137,7 @@ def _hub() -> Any:
     import huggingface_hub
   except ImportError:
     raise ConfigError(
-      'the hub needs huggingface_hub: pip install ".[hub]", or give a folder'
+      'the hub needs huggingface_hub: pip install "elit_jax[hub]", or give a folder'
     ) from None
   return huggingface_hub
 

@@ -1,13 +1,20 @@
-"""Moves parameters between networks that hold the same blocks in other spans."""
+"""Moves parameters between networks that hold the same blocks in other spans.
 
-from collections.abc import Sequence
+`restack` moves all of them; `graft` moves what fits into a network that differs in more
+than its spans, and says what did not.
+"""
+
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from elit_jax import trees
 from elit_jax.errors import ConfigError
-from elit_jax.models.spec import Blocks, Model, names
+from elit_jax.models.spec import Blocks, Grid, Model, Read, find, names
 
 Params = dict[str, Any]
 
@@ -47,3 +54,127 @@ def _layer(params: Params, name: str, index: int) -> Params:
 
 def _stack(layers: Sequence[Params]) -> Params:
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+# --- grafts ---------------------------------------------------------------------------
+
+
+def _null_row(theirs: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, str]:
+  """Other classes: rows mean nothing here, but the last is that of no class at all."""
+  return np.concatenate([ours[:-1], theirs[-1:]]), "the null label's row is kept"
+
+
+def _channels(theirs: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, str]:
+  """Other outputs: the first channels are the prediction, variances come after."""
+  both = min(theirs.shape[-1], ours.shape[-1])
+  out = np.concatenate([theirs[..., :both], ours[..., both:]], axis=-1)
+  return out, f"the first {both} output channels are kept"
+
+
+# Arrays a part of which means the same in another shape, and the axis that may differ.
+PARTS: tuple[tuple[str, int, Callable], ...] = (
+  (r"label\.table$", 0, _null_row),
+  (r"unembed\.linear\.(kernel|bias)$", -1, _channels),
+)
+# What belongs to a place in a group, to one in the whole grid, and to a kind of sample.
+OF_THE_GROUP = r"(read\.(query|slot_position|latent_position)|write\.slot_position)$"
+OF_THE_GRID = r"read\.latent_position$"
+OF_THE_CHANNELS = r"^unembed\.linear\."
+
+
+def graft(
+  params: Params,
+  source: Model,
+  target: Model,
+  fresh: Params,
+  *,
+  same_grid: bool = True,
+) -> tuple[Params, list[str]]:
+  """Host arrays of `target`: those of `source` that fit, elsewhere those of `fresh`.
+
+  Blocks keep their number. `same_grid`: whether both see equal token grids. Also
+  returns what is not as in `source` and why, with the names of all arrays. ConfigError
+  if the widths differ, where nothing fits.
+  """
+  check_width(source, target)
+  theirs, ours = _by_block(params, source), _by_block(fresh, target)
+  windows = [_window(model) for model in (source, target)]
+  channels = [model.channels for model in (source, target)]
+  out: dict[str, np.ndarray] = {}
+  notes: dict[str, list[str]] = {}
+  for name, array in ours.items():
+    out[name], why = array, ""
+    if name not in theirs:
+      why = "fresh, as the source has none"
+    elif windows[0] != windows[1] and re.search(OF_THE_GROUP, name):
+      why = f"fresh, as groups are {windows[0]} there and {windows[1]} here"
+    elif not same_grid and re.search(OF_THE_GRID, name):
+      why = "fresh, as the token grids differ"
+    elif channels[0] != channels[1] and re.search(OF_THE_CHANNELS, name):
+      why = (
+        f"fresh, as samples have {channels[0]} channels there and {channels[1]} here"
+      )
+    else:
+      out[name], why = _fitted(name, theirs[name], array)
+    if why:
+      notes.setdefault(why, []).append(name)
+  for name in theirs:
+    if name not in ours:
+      notes.setdefault("left, as this model has none", []).append(name)
+  lines = [f"{why}: {', '.join(trees.grouped(n))}" for why, n in notes.items()]
+  return _stacked(out, target, fresh), lines
+
+
+def check_width(source: Model, target: Model) -> None:
+  """ConfigError if nothing of one network fits another."""
+  if source.width != target.width:
+    raise ConfigError(
+      f"nothing fits: the width is {source.width} there and {target.width} here"
+    )
+
+
+def _window(model: Model) -> Grid | None:
+  read = find(model, Read)
+  return read.window if isinstance(read, Read) else None
+
+
+def _fitted(name: str, theirs: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, str]:
+  """What of an array fits into the place of another, and what is to be said of it."""
+  if theirs.shape == ours.shape:
+    return theirs, ""
+  text = f"{theirs.shape} there, {ours.shape} here"
+  for pattern, axis, merge in PARTS:
+    if re.search(pattern, name) and theirs.ndim == ours.ndim:
+      there, here = (np.delete(array.shape, axis) for array in (theirs, ours))
+      if np.array_equal(there, here):
+        merged, kept = merge(theirs, ours)
+        return merged, f"{text}, {kept}"
+  return ours, f"{text}, fresh"
+
+
+def _by_block(params: Params, model: Model) -> dict[str, np.ndarray]:
+  """Host arrays by dotted name, those of blocks each: "blocks.3.mlp.fc1.kernel"."""
+  firsts = {name: (first, count) for name, first, count in spans(model)}
+  out: dict[str, np.ndarray] = {}
+  for path, leaf in trees.by_path(params).items():
+    stage, _, rest = path.replace("/", ".").partition(".")
+    array = np.asarray(leaf)
+    first, count = firsts.get(stage, (0, 0))
+    out |= {f"blocks.{first + i}.{rest}": array[i] for i in range(count)}
+    if stage not in firsts:
+      out[f"{stage}.{rest}"] = array
+  return out
+
+
+def _stacked(arrays: dict[str, np.ndarray], model: Model, like: Params) -> Params:
+  """Inverse of `_by_block`, as the tree `like`."""
+  firsts = {name: (first, count) for name, first, count in spans(model)}
+
+  def leaf(path: Any, _: Any) -> np.ndarray:
+    stage, _, rest = trees.path_name(path).replace("/", ".").partition(".")
+    if stage not in firsts:
+      return arrays[f"{stage}.{rest}"]
+    first, count = firsts[stage]
+    return np.stack([arrays[f"blocks.{first + i}.{rest}"] for i in range(count)])
+
+  return jax.tree_util.tree_map_with_path(leaf, like)

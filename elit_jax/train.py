@@ -206,7 +206,11 @@ def open_source(config: Config, split: str = "train") -> Source:
 
 def init_state(config: Config, model: spec.Model) -> State:
   """The state before the first step; everything a checkpoint holds of the device."""
-  params = denoiser.init(model, jax.random.key(config.seed))
+  return first_state(config, denoiser.init(model, jax.random.key(config.seed)))
+
+
+def first_state(config: Config, params: Any) -> State:
+  """The state of a run that begins with these parameters."""
   return {
     "params": params,
     "ema": ema.init(config.optim.ema, params),

@@ -1,5 +1,7 @@
 """Leaves of nested parameters by their path."""
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,3 +27,44 @@ def by_path(tree: Any) -> dict[str, Any]:
   """The leaves of a tree by the name of their path."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {path_name(path): leaf for path, leaf in flat}
+
+
+def grouped(names: Iterable[str]) -> list[str]:
+  """Names, with those put together that differ in numbers alone, and their count:
+  "blocks.{4..27}.attn.qkv.bias (24)".
+  """
+  groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+  for name in sorted(names):
+    words = name.split(".")
+    pattern = tuple(_NUMBER if _is_number(word) else word for word in words)
+    numbers = tuple(int(word) for word in words if _is_number(word))
+    groups.setdefault(pattern, []).append(numbers)
+  return [line for group in groups.items() for line in _lines(*group)]
+
+
+_NUMBER = "."  # stands for one in a pattern: no word of a name is a dot
+
+
+def _is_number(word: str) -> bool:
+  return word.isascii() and word.isdecimal() and str(int(word)) == word
+
+
+def _lines(pattern: tuple[str, ...], rows: list[tuple[int, ...]]) -> list[str]:
+  columns = [sorted(set(column)) for column in zip(*rows, strict=True)]
+  if math.prod(map(len, columns)) == len(rows):  # every combination is there
+    numbers = iter(map(_range, columns))
+    text = ".".join(next(numbers) if word == _NUMBER else word for word in pattern)
+    return [text if len(rows) == 1 else f"{text} ({len(rows)})"]
+  several = [i for i, column in enumerate(columns) if len(column) > 1]
+  split = min(several, key=lambda i: len(columns[i]))
+  parts = [[row for row in rows if row[split] == n] for n in columns[split]]
+  return [line for part in parts for line in _lines(pattern, part)]
+
+
+def _range(numbers: list[int]) -> str:
+  """3, or {0,2}, or {4..27}: ascending numbers in short."""
+  if len(numbers) == 1:
+    return str(numbers[0])
+  whole = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 2
+  inner = f"{numbers[0]}..{numbers[-1]}" if whole else ",".join(map(str, numbers))
+  return f"{{{inner}}}"

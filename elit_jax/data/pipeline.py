@@ -20,6 +20,7 @@ from elit_jax.errors import ConfigError
 Batch = dict[str, np.ndarray]
 
 _STATE_KEY = "global_next_index"
+START = {_STATE_KEY: 0}  # the state of a loader that has dealt nothing
 
 
 class Loader(Iterator[Batch]):

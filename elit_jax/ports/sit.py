@@ -1,10 +1,183 @@
-"""Names of DiT, SiT and ELIT-SiT checkpoints (their PyTorch state dicts)."""
+"""Names of DiT, SiT, REPA and ELIT-SiT checkpoints (their PyTorch state dicts)."""
 
-from elit_jax.models.spec import Blocks, Model, Read, Tap, Write, names
-from elit_jax.ports.tables import Entry, linear, vector
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from elit_jax.errors import ConfigError
+from elit_jax.models import denoiser, elastic
+from elit_jax.models.spec import Blocks, Grid, Model, Read, Tap, Write, find, names
+from elit_jax.nn.position import sincos_table
+from elit_jax.ports.tables import (
+  Entry,
+  Params,
+  Place,
+  export_tensors,
+  import_tensors,
+  linear,
+  misfits,
+  vector,
+)
 
 # The fixed sine-cosine table stands in every checkpoint; ours is computed.
 POSITION_TABLE = "pos_embed"
+# REPA's projections, which serve training alone.
+PROJECTOR = re.compile(r"projectors\.\d+\.[024]\.(weight|bias)")
+
+READ, WRITE = "input_token_editor.adapters.0", "output_token_editor.adapters.0"
+
+Tensors = Mapping[str, np.ndarray]
+
+
+def from_tensors(
+  model: Model,
+  grid: Grid,
+  tensors: Tensors,
+  place: Place = lambda path, array: array,
+) -> Params:
+  """Parameters of `model` from a whole checkpoint for samples of this token grid.
+
+  Each leaf goes through `place`. ConfigError that lists all that does not fit, or if
+  the checkpoint's table of positions is not the one that we compute.
+  """
+  shapes = denoiser.abstract_params(model)
+  computed = jax.ShapeDtypeStruct((1, math.prod(grid), model.width), np.float32)
+  position = Entry(POSITION_TABLE, (POSITION_TABLE,))
+  rows = table(model)
+  if found := misfits([position, *rows], shapes | {POSITION_TABLE: computed}, tensors):
+    raise ConfigError("; ".join(found))
+  check_positions(tensors[POSITION_TABLE], grid)
+  rest = {name: tensor for name, tensor in tensors.items() if name != POSITION_TABLE}
+  return import_tensors(rows, shapes, rest, place)
+
+
+def to_tensors(model: Model, grid: Grid, params: Params) -> dict[str, np.ndarray]:
+  """The whole checkpoint of these parameters in float32: inverse of `from_tensors`."""
+  position = {POSITION_TABLE: sincos_table(grid, model.width)[None]}
+  return position | export_tensors(table(model), params)
+
+
+def check_positions(tensor: np.ndarray, grid: Grid) -> None:
+  """ConfigError unless a table (1, N, D) is the computed one, rounded to its dtype."""
+  computed = sincos_table(grid, tensor.shape[-1])[None]
+  # It may have been rounded to its own dtype, and computed on another machine.
+  allowed = max(1e-6, float(ml_dtypes.finfo(tensor.dtype).eps))
+  difference = np.abs(tensor.astype(np.float32) - computed)
+  if not (difference <= allowed).all():  # written so that a NaN fails
+    raise ConfigError(
+      f"tensor {POSITION_TABLE!r} differs by up to {difference.max():.3g} from the "
+      f"sine-cosine table of {' x '.join(map(str, grid))} tokens: positions are "
+      "computed here, so that weights with others cannot be used"
+    )
+
+
+def model_of(tensors: Tensors, like: Model) -> Model:
+  """The network that these tensors are of, by their names and shapes, in one span.
+
+  What does not show (heads, the sides of a group) is as in `like` where that fits.
+  ConfigError if they are of no DiT, SiT or ELIT-SiT.
+  """
+
+  def shape(name: str, axes: int) -> tuple[int, ...]:
+    found = tuple(tensors[name].shape) if name in tensors else ()
+    if len(found) != axes or min(found) < 1:
+      raise ConfigError(f"no DiT, SiT or ELIT-SiT: no tensor {name!r} of {axes} axes")
+    return found
+
+  def count(pattern: str) -> int:
+    found = [re.match(pattern, name) for name in tensors]
+    return len({match[1] for match in found if match})
+
+  width, channels, *patch = shape("x_embedder.proj.weight", 2 + len(like.patch))
+  depth = count(r"blocks\.(\d+)\.")
+  hidden = shape("blocks.0.mlp.fc1.weight", 2)[0] if depth else 0
+  norm = "blocks.0.attn.q_norm.weight"
+  heads = like.heads if width % like.heads == 0 else 1
+  if norm in tensors:
+    heads = width // shape(norm, 1)[0]
+  blocks = Blocks(depth, hidden / width, norm in tensors)
+  model = dataclasses.replace(
+    like,
+    width=width,
+    heads=heads,
+    trunk=(blocks,) if depth else (),
+    patch=tuple(patch),
+    channels=channels,
+    out_channels=shape("final_layer.linear.weight", 2)[0] // math.prod(patch),
+    classes=shape("y_embedder.embedding_table.weight", 2)[0] - 1,
+  )
+  query = f"{READ}.learned_query_embed"
+  if query in tensors:
+    window = _window(shape(query, 2)[0], like)
+    writes = count(rf"{re.escape(WRITE)}\.write_ff\.(\d+)\.")
+    model = elastic.elit(model, window, 0, 0, write_depth=max(writes, 1))
+    positions = shape(f"{READ}.latent_pos_embed", 2)[0]
+    model = dataclasses.replace(
+      model,
+      trunk=tuple(
+        dataclasses.replace(stage, positions=positions)
+        if isinstance(stage, Read)
+        else stage
+        for stage in model.trunk
+      ),
+    )
+  if projectors := count(r"projectors\.(\d+)\."):
+    rows = [shape(f"projectors.{i}.4.weight", 2) for i in range(projectors)]
+    model = elastic.tapped(model, 0, [features for features, _ in rows], rows[0][1])
+  return model
+
+
+def _window(slots: int, like: Model) -> Grid:
+  """Sides of a group of so many tokens: those of `like`, else equal ones."""
+  read = find(like, Read)
+  if isinstance(read, Read) and math.prod(read.window) == slots:
+    return read.window
+  axes = len(like.patch)
+  side = round(slots ** (1 / axes))
+  return (side,) * axes if side**axes == slots else (slots, *(1,) * (axes - 1))
+
+
+def facts(model: Model) -> dict[str, object]:
+  """What tells one network of the family from another, in words."""
+  blocks = [stage for stage in model.trunk if isinstance(stage, Blocks)]
+  read, write, tap = (find(model, kind) for kind in (Read, Write, Tap))
+  return {
+    "blocks": sum(stage.count for stage in blocks),
+    "width": model.width,
+    "patch": model.patch,
+    "channels": model.channels,
+    "output channels": model.out_channels,
+    "classes": model.classes,
+    "QK-norm": any(stage.qk_norm for stage in blocks),
+    "latents a group": math.prod(read.window) if isinstance(read, Read) else 0,
+    "Write layers": write.depth if isinstance(write, Write) else 0,
+    "projectors": len(tap.features) if isinstance(tap, Tap) else 0,
+  }
+
+
+def differences(theirs: Model, ours: Model) -> list[str]:
+  """The facts in which two networks differ, with both values."""
+  a, b = facts(theirs), facts(ours)
+  return [f"{name} {a[name]}, not {b[name]}" for name in a if a[name] != b[name]]
+
+
+def grid_of(tensors: Tensors, grid: Sequence[int]) -> Grid | None:
+  """The token grid of a checkpoint, given that of a model; None if it does not show.
+
+  It shows where the table of positions has as many rows as `grid`, or a square number.
+  """
+  if POSITION_TABLE not in tensors:
+    return None
+  tokens, axes = tensors[POSITION_TABLE].shape[-2], len(grid)
+  if tokens == math.prod(grid):
+    return tuple(grid)
+  side = round(tokens ** (1 / axes))
+  return (side,) * axes if side**axes == tokens else None
 
 
 def table(model: Model) -> list[Entry]:
@@ -26,9 +199,9 @@ def table(model: Model) -> list[Entry]:
           rows += _block(f"blocks.{first + layer}", name, layer, stage.qk_norm)
         first += stage.count
       case Read():
-        rows += _read("input_token_editor.adapters.0", name)
+        rows += _read(READ, name)
       case Write():
-        rows += _write("output_token_editor.adapters.0", name, stage.depth)
+        rows += _write(WRITE, name, stage.depth)
       case Tap():
         for i in range(len(stage.features)):
           for theirs, ours in ((0, "fc1"), (2, "fc2"), (4, "fc3")):

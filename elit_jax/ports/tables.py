@@ -1,18 +1,25 @@
 """Names and layouts of foreign checkpoints: one table a source, one importer for all.
 
 A table is a list of `Entry`; import and export are the two directions of the same list,
-so a missing, unused or misshapen tensor is an error that names it.
+so missing, unused and misshapen tensors are an error that names all of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 
 from elit_jax.errors import ConfigError, nearest
+from elit_jax.trees import grouped
 
 Params = dict[str, Any]
+# (path, array) to what stands in its place, such as the array on its devices.
+Place = Callable[[tuple[str, ...], np.ndarray], Any]
+
+# What weights may be stored in; all of them become float32.
+FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Entry:
 
   def to_ours(self, tensor: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """A foreign tensor in our layout of `shape`; raises ConfigError on a misfit."""
-    expected = self._foreign_shape(shape)
+    expected = self.foreign_shape(shape)
     if tensor.shape != expected:
       raise ConfigError(
         f"tensor {self.name!r} has shape {tensor.shape}, the model needs {expected}"
@@ -45,13 +52,14 @@ class Entry:
   def to_theirs(self, array: np.ndarray) -> np.ndarray:
     """Inverse of `to_ours`."""
     if self.kind == "linear":
-      out, fan_in = self._foreign_shape(array.shape)
+      out, fan_in = self.foreign_shape(array.shape)
       return array.reshape(fan_in, out).T
     if self.kind == "conv":
       return np.moveaxis(array, (-2, -1), (1, 0))
-    return array.reshape(self._foreign_shape(array.shape))
+    return array.reshape(self.foreign_shape(array.shape))
 
-  def _foreign_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+  def foreign_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the tensor whose array of ours has this one (of one layer)."""
     if self.kind == "linear":
       fan_in, out = (
         int(np.prod(part)) for part in (shape[: self.inputs], shape[self.inputs :])
@@ -85,32 +93,73 @@ def leaf(params: Params, path: Sequence[str]) -> Any:
 
 
 def import_tensors(
-  table: Sequence[Entry], shapes: Params, tensors: Mapping[str, np.ndarray]
+  table: Sequence[Entry],
+  shapes: Params,
+  tensors: Mapping[str, np.ndarray],
+  place: Place = lambda path, array: array,
 ) -> Params:
   """Our parameters from foreign tensors; `shapes` is a tree of shaped leaves.
 
-  Raises ConfigError that names every missing or unused tensor.
+  Leaves are made in float32, one after another, and handed to `place`. Raises
+  ConfigError that names every missing, unused or misshapen tensor and every one of
+  another dtype, before any is read; then every one that is not finite.
   """
-  wanted = {entry.name for entry in table}
-  if missing := sorted(wanted - set(tensors)):
-    raise ConfigError(f"missing tensors: {', '.join(missing)}")
-  if unused := sorted(set(tensors) - wanted):
-    like = nearest(unused[0], wanted)
-    raise ConfigError(f"unused tensors: {', '.join(unused)} (nearest known: {like})")
-  out: Params = {}
+  if found := misfits(table, shapes, tensors):
+    raise ConfigError("; ".join(found))
+  leaves: dict[tuple[str, ...], list[Entry]] = {}
   for entry in table:
-    spec = leaf(shapes, entry.path)
-    shape = spec.shape if entry.layer is None else spec.shape[1:]
-    array = entry.to_ours(np.asarray(tensors[entry.name], np.float32), shape)
+    leaves.setdefault(entry.path, []).append(entry)
+  out: Params = {}
+  broken: list[str] = []
+  for path, entries in leaves.items():
+    spec = leaf(shapes, path)
+    array = np.empty(spec.shape, np.float32)
+    for entry in entries:
+      part = array if entry.layer is None else array[entry.layer]
+      with np.errstate(over="ignore"):  # a float64 too large is reported as infinite
+        tensor = np.asarray(tensors[entry.name]).astype(np.float32, copy=False)
+      if not np.isfinite(tensor).all():
+        broken.append(entry.name)
+      part[...] = entry.to_ours(tensor, part.shape)
     node = out
-    for key in entry.path[:-1]:
+    for key in path[:-1]:
       node = node.setdefault(key, {})
-    if entry.layer is None:
-      node[entry.path[-1]] = array
-    else:
-      stacked = node.setdefault(entry.path[-1], np.zeros(spec.shape, np.float32))
-      stacked[entry.layer] = array
+    node[path[-1]] = place(path, array)
+  if broken:
+    raise ConfigError(f"tensors with NaN or infinity: {', '.join(grouped(broken))}")
   return out
+
+
+def misfits(
+  table: Sequence[Entry], shapes: Params, tensors: Mapping[str, np.ndarray]
+) -> list[str]:
+  """What keeps foreign tensors from being these parameters: all of it, grouped."""
+  wanted = {entry.name: entry for entry in table}
+  found = []
+  if missing := set(wanted) - set(tensors):
+    found.append(f"missing tensors: {', '.join(grouped(missing))}")
+  if unused := sorted(set(tensors) - set(wanted)):
+    like = nearest(unused[0], wanted)
+    names = ", ".join(grouped(unused))
+    found.append(f"unused tensors: {names} (nearest known: {like})")
+  shaped: dict[str, list[str]] = {}
+  typed: dict[str, list[str]] = {}
+  for name, entry in wanted.items():
+    if name not in tensors:
+      continue
+    spec, tensor = leaf(shapes, entry.path), tensors[name]
+    want = entry.foreign_shape(spec.shape[entry.layer is not None :])
+    if tuple(tensor.shape) != want:
+      text = f"{tuple(tensor.shape)}, the model needs {want}"
+      shaped.setdefault(text, []).append(name)
+    if np.dtype(tensor.dtype) not in FLOATS:
+      typed.setdefault(str(tensor.dtype), []).append(name)
+  for what, groups in (("shape", shaped), ("dtype", typed)):
+    if groups:
+      parts = [f"{', '.join(grouped(v))} has {what} {k}" for k, v in groups.items()]
+      hint = "" if what == "shape" else f": want one of {', '.join(map(str, FLOATS))}"
+      found.append(f"tensors of another {what}: {'; '.join(parts)}{hint}")
+  return found
 
 
 def export_tensors(table: Sequence[Entry], params: Params) -> dict[str, np.ndarray]:

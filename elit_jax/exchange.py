@@ -1,0 +1,280 @@
+"""`--mode=import` and `--mode=export`: weights of others begin a run, a run's leave it.
+
+An imported run is one of ours at step 0: it samples, is evaluated, and trains on.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from elit_jax import config as config_lib
+from elit_jax import files, sample, sharding, surgery, train, trees
+from elit_jax.checkpoint import Checkpointer
+from elit_jax.config import Config
+from elit_jax.data import pipeline
+from elit_jax.errors import ConfigError, lookup
+from elit_jax.models import denoiser, spec
+from elit_jax.models.spec import Model
+from elit_jax.ports import files as weight_files
+from elit_jax.ports import sit, tables
+
+Params = dict[str, Any]
+
+# REPA's projections of an import, which our networks do without: kept for the export.
+PROJECTORS = "projectors.safetensors"
+DTYPES: dict[str, Any] = {
+  "float32": np.float32,
+  "float16": np.float16,
+  "bfloat16": ml_dtypes.bfloat16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Weights from elsewhere, and the network that they are of.
+
+  params: on the host, in the spans of `model`. grid: its tokens, None if unknown.
+  """
+
+  name: str
+  model: Model
+  params: Params
+  grid: spec.Grid | None
+
+
+def run_import(
+  config: Config, workdir: pathlib.Path, source: str | None, graft: bool = False
+) -> None:
+  """`--mode=import`: a workdir whose step 0 has the weights of `source`.
+
+  That is a file, all of which must fit, or with `graft` a file or a workdir of which
+  what fits is taken. ConfigError, before anything is written, for all that is wrong.
+  """
+  _alone("import")
+  if not source:
+    raise ConfigError(
+      "--source is missing: a file of weights, such as model.safetensors"
+    )
+  check_unused(workdir)
+  model = config_lib.build_model(config)
+  mesh = sharding.make_mesh(config.mesh)
+  path = pathlib.Path(source).expanduser()
+  projectors: tables.Params = {}
+  notes: list[str] = []
+  if graft or path.is_dir():
+    params, notes = _grafted(config, model, mesh, path, graft)
+  else:
+    params, projectors = _read_whole(config, model, mesh, path)
+  files.make_folder(workdir)
+  with files.only_writer(workdir):
+    check_unused(workdir)
+    if projectors:
+      weight_files.write(workdir / PROJECTORS, projectors)
+    _save(config, mesh, workdir, params)
+    report = {"source": source, "graft": graft, "not_as_in_the_source": notes}
+    files.write_json(workdir / "imported.json", report)
+    files.write_json(workdir / "config.json", config_lib.to_json(config))
+  logging.info("imported %s | step 0 of %s", path, workdir)
+
+
+def run_export(
+  config: Config, workdir: pathlib.Path, target: str | None, dtype: str = "float32"
+) -> None:
+  """`--mode=export`: the average `sample.ema` of the newest checkpoint as a new file.
+
+  Its names and layout are those of the authors of SiT and ELIT-SiT. ConfigError.
+  """
+  _alone("export")
+  if not target:
+    raise ConfigError("--target is missing: a new file, such as model.safetensors")
+  kind = lookup(DTYPES, dtype, "--dtype")
+  path = pathlib.Path(target).expanduser()
+  weight_files.check_new(path)
+  config = sample.as_trained(workdir, config)
+  model = config_lib.build_model(config)
+  step, params = sample.load_ema(workdir, config, sharding.make_mesh(config.mesh))
+  grid = spec.grid_of(model, config.data.shape)
+  tensors = sit.to_tensors(model, grid, jax.tree.map(np.asarray, params))
+  if (workdir / PROJECTORS).exists():
+    projectors = weight_files.read(workdir / PROJECTORS)
+    logging.info("%d tensors of projectors as they were imported", len(projectors))
+    tensors |= {name: np.asarray(tensor) for name, tensor in projectors.items()}
+  weight_files.write(path, rounded(tensors, kind))
+  average = config.sample.ema
+  logging.info("exported average %s of step %d | %s, %s", average, step, path, dtype)
+
+
+def rounded(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:
+  """Tensors in another dtype; ConfigError naming those that are not finite in it."""
+  with np.errstate(over="ignore"):
+    out = {n: tensor.astype(dtype, copy=False) for n, tensor in tensors.items()}
+  if broken := [n for n, t in out.items() if not np.isfinite(t).all()]:
+    raise ConfigError(
+      f"not finite in {np.dtype(dtype)}: {', '.join(trees.grouped(broken))}"
+    )
+  return out
+
+
+def check_unused(workdir: pathlib.Path) -> None:
+  """ConfigError if a workdir has a run already."""
+  if sample.trained_config(workdir) is not None:
+    raise ConfigError(f"workdir {workdir} has a run already: import into a new one")
+
+
+def _alone(mode: str) -> None:
+  if jax.process_count() > 1:
+    raise ConfigError(
+      f"--mode={mode} is the work of one process, not of {jax.process_count()}: start "
+      "it alone, with ELIT_PROCESS_COUNT=1; JAX_PLATFORMS=cpu will do"
+    )
+
+
+# --- reading --------------------------------------------------------------------------
+
+
+def _read_whole(
+  config: Config, model: Model, mesh: Mesh, path: pathlib.Path
+) -> tuple[Params, dict[str, np.ndarray]]:
+  """(parameters in their shards, projectors) of a file that fits without a rest."""
+  tensors = weight_files.read(path)
+  projectors = {n: t for n, t in tensors.items() if sit.PROJECTOR.fullmatch(n)}
+  rest = {n: t for n, t in tensors.items() if n not in projectors}
+  placed = trees.by_path(sharding.place(mesh, denoiser.abstract_params(model)))
+
+  def place(where: tuple[str, ...], array: np.ndarray) -> jax.Array:
+    at = placed["/".join(where)].sharding
+    return jax.make_array_from_callback(array.shape, at, lambda index: array[index])
+
+  grid = spec.grid_of(model, config.data.shape)
+  try:
+    rounded(projectors, np.float32)
+    params = sit.from_tensors(model, grid, rest, place)
+  except ConfigError as error:
+    raise ConfigError(f"{path} does not fit: {_hint(rest, model)}{error}") from None
+  _log(path, tensors)
+  return params, projectors
+
+
+def _hint(tensors: Mapping[str, np.ndarray], model: Model) -> str:
+  """In which numbers a file's network differs from the config's, if it is one."""
+  try:
+    found = sit.model_of(tensors, model)
+  except ConfigError:
+    return ""
+  differences = sit.differences(found, model)
+  graft = ", or take what fits by --graft" if found.width == model.width else ""
+  advice = f" (change the config{graft}); "
+  return f"it has {', '.join(differences)}{advice}" if differences else ""
+
+
+def _log(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
+  numbers = sum(tensor.size for tensor in tensors.values())
+  logging.info(
+    "%s | %d tensors, %d numbers, %s", path, len(tensors), numbers, ", ".join(dtypes)
+  )
+
+
+def _grafted(
+  config: Config, model: Model, mesh: Mesh, path: pathlib.Path, partly: bool
+) -> tuple[Params, list[str]]:
+  """(parameters in their shards, what is not as in the source) of a file or a run.
+
+  ConfigError if something is not and `partly` is false.
+  """
+  source = _of_run(path) if path.is_dir() else _of_file(path, model, config)
+  grid = spec.grid_of(model, config.data.shape)
+  try:
+    surgery.check_width(source.model, model)
+  except ConfigError as error:
+    raise ConfigError(f"{path}: {error}") from None
+  fresh = jax.device_get(_fresh(model, jax.random.key(config.seed)))
+  params, notes = surgery.graft(
+    source.params, source.model, model, fresh, same_grid=source.grid == grid
+  )
+  if notes and not partly:
+    raise ConfigError(
+      f"{path} does not fit: {'; '.join(notes)} (--graft takes what fits)"
+    )
+  if source.model.time != model.time:
+    logging.warning(
+      "%s | its clock is %s, ours %s: it must unlearn",
+      path,
+      source.model.time,
+      model.time,
+    )
+  if source.grid != grid:
+    logging.info("%s | tokens: %s there, %s here", source.name, source.grid, grid)
+  for note in notes:
+    logging.info("%s | %s", source.name, note)
+  at = sharding.shardings(sharding.place(mesh, denoiser.abstract_params(model)))
+  return jax.device_put(params, at), notes
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fresh(model: Model, key: jax.Array) -> Params:
+  """The parameters that a run with this key would begin with."""
+  return denoiser.init(model, key)
+
+
+def _of_file(path: pathlib.Path, like: Model, config: Config) -> Source:
+  """A file of a network of any size; ConfigError unless it is whole."""
+  tensors = weight_files.read(path)
+  try:
+    model = sit.model_of(tensors, like)
+    grid = sit.grid_of(tensors, spec.grid_of(like, config.data.shape))
+    if grid is None:
+      raise ConfigError(f"its {sit.POSITION_TABLE!r} is of no square grid of tokens")
+    params = sit.from_tensors(model, grid, tensors)
+  except ConfigError as error:
+    raise ConfigError(f"{path} cannot be used: {error}") from None
+  _log(path, tensors)
+  return Source(path.name, model, params, grid)
+
+
+def _of_run(workdir: pathlib.Path) -> Source:
+  """The average of a run's newest checkpoint; ConfigError if there is none."""
+  saved = sample.trained_config(workdir)
+  if saved is None:
+    raise ConfigError(f"{workdir} is a folder without a run: give a file of weights")
+  config = sample.as_trained(workdir, config_lib.resolve(saved))
+  model = config_lib.build_model(config)
+  mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])
+  step, params = sample.load_ema(workdir, config, mesh)
+  logging.info("%s | average %s of step %d", workdir, config.sample.ema, step)
+  grid = spec.grid_of(model, config.data.shape)
+  return Source(workdir.name, model, jax.device_get(params), grid)
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+def _save(config: Config, mesh: Mesh, workdir: pathlib.Path, params: Params) -> None:
+  """Step 0 of a run: these parameters, averages equal to them, a fresh optimiser."""
+  target = train.abstract_state(config, config_lib.build_model(config), mesh)
+  begin = jax.jit(
+    functools.partial(train.first_state, config),
+    donate_argnums=0,
+    out_shardings=sharding.shardings(target),
+  )
+  host = {"data": pipeline.START, "window": []}
+  keep = config.checkpoint
+  try:
+    with Checkpointer(
+      workdir / "checkpoints", keep.keep, keep.keep_every
+    ) as checkpoints:
+      checkpoints.save(0, begin(params), host, config_lib.to_json(config))
+      checkpoints.wait()
+  except ConfigError:
+    raise
+  except (OSError, ValueError) as error:  # Orbax has both for a full disk
+    reason = " ".join(str(error).split())[:300]
+    raise ConfigError(f"cannot write {workdir}: {reason}") from None
