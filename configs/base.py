@@ -83,6 +83,9 @@ def get_config() -> ConfigDict:
         "solver": "euler",
         "budgets": ("100%",),
         "classes": (),  # such as (207, 360), drawn in turn; (): all
+        # Latents become pictures by this safetensors of data.vae (random:SEED: a
+        # rehearsal); "": they stay latents.
+        "decoder": "",
         # Which average; "": the first of optim.ema. "power 0.07" is rebuilt from the
         # other power functions in all checkpoints kept, if it is not among them.
         "ema": "",

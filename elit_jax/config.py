@@ -111,6 +111,7 @@ class SampleConfig:
   solver: str
   budgets: tuple[str, ...]
   classes: tuple[int, ...]
+  decoder: str
   ema: str
   seed: int
 

@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ import numpy as np
 import safetensors.numpy
 from jax.sharding import Mesh
 
+from elit_jax import autoencoder, files, sample, sharding, trees
 from elit_jax import config as config_lib
-from elit_jax import files, sample, sharding, trees
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
@@ -34,43 +34,49 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NEWLINE = "\n"  # which an f-string of Python 3.11 cannot hold
 
 
-def load(where: str | os.PathLike[str], ema: str = "") -> "Trained":
+def load(where: str | os.PathLike[str], ema: str = "", decoder: str = "") -> "Trained":
   """A model on the devices of this machine: the newest checkpoint of a workdir, a
   folder that `save` has made, or a repository of the Hugging Face hub ("owner/name").
 
-  ema: which average of weights of a workdir, as `config.sample.ema`. Raises ConfigError
-  if there is no model, or none that can be read.
+  ema: which average of weights of a workdir, as `config.sample.ema`. decoder: weights
+  that make pictures of latents, as `config.sample.decoder`. Raises ConfigError if there
+  is no model, or none that can be read.
   """
   folder = pathlib.Path(where).expanduser()
   if not folder.exists() and HUB_ID.fullmatch(str(where)):
     folder = pathlib.Path(_hub().snapshot_download(str(where), allow_patterns=FILES))
   if (folder / PARAMS).is_file():
-    return _from_saved(folder)
+    return _from_saved(folder, decoder)
   saved = sample.trained_config(folder)
   if saved is None:
     raise ConfigError(
       f"no run in {folder}: give the workdir of a training, which holds config.json "
       "and checkpoints/, a folder of elit_jax.save, or OWNER/NAME of a hub repository"
     )
-  config, model, mesh = _prepared(saved, ema)
+  config, model, mesh = _prepared(saved, ema, decoder)
   config = sample.as_trained(folder, config)
   step, params = sample.load_ema(folder, config, mesh)
   names = tuple(sample.class_names(folder, range(config.model.classes)))
-  return Trained(config, model, mesh, params, step, names)
+  decode = autoencoder.decoder(config)
+  return Trained(config, model, mesh, params, step, names, decode)
 
 
-def _prepared(saved: Mapping[str, Any], ema: str) -> tuple[Config, spec.Model, Mesh]:
+def _prepared(
+  saved: Mapping[str, Any], ema: str, decoder: str
+) -> tuple[Config, spec.Model, Mesh]:
   """A saved config, for all devices of this machine."""
   config = config_lib.resolve(saved)
-  settings = dataclasses.replace(config.sample, ema=ema or config.sample.ema)
+  settings = dataclasses.replace(
+    config.sample, ema=ema or config.sample.ema, decoder=decoder
+  )
   config = dataclasses.replace(config, mesh=(-1, 1, 1), sample=settings)
   model = config_lib.build_model(config)
   return config, model, config_lib.make_mesh(config, model)
 
 
-def _from_saved(folder: pathlib.Path) -> "Trained":
+def _from_saved(folder: pathlib.Path, decoder: str) -> "Trained":
   about = files.read_json(folder / CONFIG)
-  config, model, mesh = _prepared(about["config"], "")
+  config, model, mesh = _prepared(about["config"], "", decoder)
   target = sharding.place(mesh, denoiser.abstract_params(model))
   try:
     arrays = safetensors.numpy.load_file(folder / PARAMS)
@@ -90,7 +96,8 @@ def _from_saved(folder: pathlib.Path) -> "Trained":
     jax.device_put(arrays[name], leaf.sharding) for name, leaf in wanted.items()
   ]
   params = jax.tree.unflatten(jax.tree.structure(target), leaves)
-  return Trained(config, model, mesh, params, about["step"], tuple(about["classes"]))
+  names, decode = tuple(about["classes"]), autoencoder.decoder(config)
+  return Trained(config, model, mesh, params, about["step"], names, decode)
 
 
 def save(model: "Trained", folder: str | os.PathLike[str], licence: str) -> None:
@@ -199,6 +206,7 @@ class Trained:
   params: Any
   step: int
   names: tuple[str, ...]
+  decode: Callable[[np.ndarray], np.ndarray] | None = None
   _programs: dict = dataclasses.field(default_factory=dict)
 
   def __repr__(self) -> str:
@@ -222,7 +230,7 @@ class Trained:
     steps: int | None = None,
     solver: str | None = None,
   ) -> np.ndarray:
-    """An image of each class: uint8 (n, H, W, C), or fp32 latents as they are.
+    """An image of each class: uint8 (n, H, W, C), or fp32 latents without a decoder.
 
     Image i depends on the seed, i and its class alone, whatever the budget: so budgets
     can be compared image by image. guidance: the scale of classifier-free guidance, or
@@ -238,6 +246,7 @@ class Trained:
     draw = self._program(plan, solver or self.config.sample.solver, len(wanted))
     labels = np.array(wanted, np.int32)
     images = draw(self.params, seed, np.arange(len(labels)), labels)
+    images = self.decode(images) if self.decode else images
     return files.to_uint8(images) if files.is_pixels(images) else images
 
   def price(

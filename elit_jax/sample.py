@@ -12,8 +12,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from elit_jax import autoencoder, distributed, ema, files, preemption, sharding
 from elit_jax import config as config_lib
-from elit_jax import distributed, ema, files, preemption, sharding
 from elit_jax.budget import Budget
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
@@ -178,7 +178,7 @@ def as_trained(workdir: pathlib.Path, config: Config) -> Config:
 def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=sample`: samples/<budget>/<first index>.npz chunks; a rerun fills gaps.
 
-  Chunks hold `arr_0` (uint8 NHWC for 1 or 3 channels, float32 otherwise), `arr_1` the
+  Chunks hold `arr_0` (uint8 NHWC for pictures, float32 for latents), `arr_1` the
   labels; samples/grid.png shows the first of every budget. A folder that was made with
   other settings is refused.
   """
@@ -208,6 +208,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
   missing = distributed.on_leader(claim)
   wanted = {name: plans[name] for name, _ in missing}
+  decode = distributed.together(lambda: autoencoder.decoder(config))
   draw = compile_plans(config, model, wanted, mesh)
   if draw is None:
     logging.info("termination signal: leaving before the first sample")
@@ -218,13 +219,22 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       logging.info("stopped by a signal after %d of %d chunks", done - 1, len(missing))
       return
     index = np.arange(first, min(first + s.batch_size, s.count))
-    images = draw[name](params, s.seed, index, labels[index])
-    save = functools.partial(
-      files.save_samples, folders[name] / f"{first:06d}.npz", images, labels[index]
-    )
+    samples = draw[name](params, s.seed, index, labels[index])
+    path = folders[name] / f"{first:06d}.npz"
+    save = functools.partial(save_chunk, path, samples, labels[index], decode)
     distributed.on_leader(save)
     progress.update(done)
   distributed.on_leader(functools.partial(show, config, model, plans, workdir))
+
+
+def save_chunk(
+  path: pathlib.Path,
+  samples: np.ndarray,
+  labels: np.ndarray,
+  decode: Callable[[np.ndarray], np.ndarray] | None,
+) -> None:
+  """Writes samples, as pictures where there is a decoder."""
+  files.save_samples(path, decode(samples) if decode else samples, labels)
 
 
 def compile_plans(
@@ -312,6 +322,7 @@ SAMPLING_LEAVES = (
   "sample.steps",
   "sample.solver",
   "sample.classes",
+  "sample.decoder",
   "sample.ema",
   "sample.seed",
   "guidance",

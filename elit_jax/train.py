@@ -51,7 +51,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     if start >= config.train.steps:
       logging.info("nothing to train: the checkpoint has %d steps already", start)
       return
-    begin(config, model, workdir, start, clock)
+    begin(config, model, source, workdir, start, clock)
     step_fns = warm_up(config, model, budgets, mesh)
     if step_fns is None:
       logging.info("termination signal: leaving before step %d", start)
@@ -153,6 +153,7 @@ def check_same_averages(workdir: pathlib.Path, config: Config) -> None:
 def begin(
   config: Config,
   model: spec.Model,
+  source: Source,
   workdir: pathlib.Path,
   step: int,
   clock: monitor.Clock,
@@ -163,6 +164,7 @@ def begin(
   def record() -> None:
     report_changes(before or {}, config)
     files.write_json(workdir / "config.json", config_lib.to_json(config))
+    files.write_json(workdir / "classes.json", {"names": getattr(source, "names", ())})
     monitor.log_model(model, config, workdir, step)
 
   distributed.on_leader(record)

@@ -165,7 +165,7 @@ def test_an_import_samples_and_trains_on(run_import, run_main, exported) -> None
   workdir = run_import(plain(), BASE)
   argv = (BASE, f"--workdir={workdir}")
   run_main(*argv, "--mode=sample", "--config.sample.count=8", "--config.sample.steps=2")
-  with np.load(workdir / "samples" / "000000.npz") as chunk:
+  with np.load(next((workdir / "samples").glob("*/000000.npz"))) as chunk:
     assert chunk["arr_0"].shape == (8, *SHAPE)
   run_main(*argv, "--mode=train", "--config.train.steps=1", "--config.optim.lr=0.1")
   with Checkpointer(workdir / "checkpoints", read_only=True) as checkpoints:

@@ -55,6 +55,8 @@ LATENTS = PIXELS | {
   "prepare.weights": "random:0",
 }
 
+TINY = {"data.shape": (2, 2, 4), "data.vae": "tiny", "sample.count": 8}
+
 KNOBS = {
   "seed": Knob(1, "step data budgets init", ELIT),
   "model.preset": Knob("SiT-tiny/4", "step sampling"),
@@ -100,6 +102,7 @@ KNOBS = {
   "sample.solver": Knob("heun", "sampling"),
   "sample.budgets": Knob(("k1",), "sampling", ELIT),
   "sample.classes": Knob((3, 1), "sampling"),
+  "sample.decoder": Knob("random:1", "sampling", TINY),
   "sample.ema": Knob("0.99", "sampling evaluation training", AVERAGES),
   "sample.seed": Knob(1, "sampling"),
   "guidance.scale": Knob(2.0, "sampling"),
@@ -286,9 +289,17 @@ def recorded(mode, config: config_lib.Config) -> list:
     patch.setattr(sample, "load_ema", load_ema)
     patch.setattr(evaluate, "write", lambda *arguments: None)
     mode.run(config, pathlib.Path(folder))
-    names = [path.name for path in pathlib.Path(folder).glob("samples/*")]
+    names = [written(path) for path in pathlib.Path(folder).glob("samples/**/*")]
   # Programs are made by several threads, in any order.
   return sorted(calls) + sorted(names)
+
+
+def written(path: pathlib.Path) -> str:
+  """A file or folder, and the shape of the samples in it."""
+  if path.suffix != ".npz":
+    return path.name
+  with np.load(path) as chunk:
+    return f"{path.parent.name}/{path.name} {chunk['arr_0'].shape}"
 
 
 def _plain(value: Any) -> list:

@@ -151,7 +151,7 @@ def test_to_the_hub_and_back(model, tmp_path, monkeypatch):
 
 def test_no_hub_without_its_package(monkeypatch):
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  with pytest.raises(ConfigError, match=r"\.\[hub\]"):
+  with pytest.raises(ConfigError, match=r"elit_jax\[hub\]"):
     elit_jax.load("nobody/nothing")
 
 

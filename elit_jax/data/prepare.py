@@ -174,20 +174,10 @@ def encoder(config: Config) -> tuple[Encode, str]:
       f"config.prepare.weights is empty: give the safetensors of the VAE {name!r}, or "
       "random:0 to rehearse"
     )
+  from elit_jax import autoencoder
   from elit_jax.models import vae
 
-  found = vae.vae(name)
-  kind, colon, seed = weights.partition(":")
-  if kind == "random" and colon:
-    if not seed.isdecimal() or int(seed) >= 2**32:
-      raise ConfigError(
-        f"config.prepare.weights is {weights!r}: want random:SEED such as random:0"
-      )
-    params, identity = vae.init(found, jax.random.key(int(seed))), weights
-  else:
-    from elit_jax.ports import vae as port
-
-    params, identity = port.load(found, pathlib.Path(weights).expanduser())
+  found, params, identity = autoencoder.load(name, weights, "config.prepare.weights")
   dtype = shards.DTYPES[config.data.dtype]
   return compile_encoder(functools.partial(vae.encode, found), params, dtype), identity
 

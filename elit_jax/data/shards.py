@@ -371,6 +371,11 @@ class ShardSource:
     """As many as the manifest names; every label is below."""
     return max(1, len(self.manifest["classes"]))
 
+  @property
+  def names(self) -> tuple[str, ...]:
+    """Of the classes, as the images were sorted."""
+    return tuple(self.manifest["classes"])
+
   def __len__(self) -> int:
     return len(self.labels)
 

@@ -29,7 +29,8 @@ class Source(Protocol):
   """What the pipeline asks of a data source; `repr` must not hold an address.
 
   classes: every label is below it, and none is negative. A source that reads many
-  examples at once faster than one by one also has `gather`, as shards.ShardSource has.
+  examples at once faster than one by one also has `gather`, one whose classes have
+  names `names`, as shards.ShardSource has.
   """
 
   @property
