@@ -24,9 +24,10 @@ from elit_jax.errors import ConfigError, lookup
 from elit_jax.models import denoiser, spec
 from elit_jax.models.spec import Model
 from elit_jax.ports import files as weight_files
-from elit_jax.ports import sit, tables
+from elit_jax.ports import sit
 
 Params = dict[str, Any]
+Tensors = dict[str, np.ndarray]
 
 # REPA's projections of an import, which our networks do without: kept for the export.
 PROJECTORS = "projectors.safetensors"
@@ -41,13 +42,14 @@ DTYPES: dict[str, Any] = {
 class Source:
   """Weights from elsewhere, and the network that they are of.
 
-  params: on the host, in the spans of `model`. grid: its tokens, None if unknown.
+  params: on the host, in the spans of `model`. grid: its tokens along each axis.
   """
 
   name: str
   model: Model
   params: Params
-  grid: spec.Grid | None
+  grid: spec.Grid
+  projectors: Mapping[str, np.ndarray]
 
 
 def run_import(
@@ -67,15 +69,15 @@ def run_import(
   model = config_lib.build_model(config)
   mesh = sharding.make_mesh(config.mesh)
   path = pathlib.Path(source).expanduser()
-  projectors: tables.Params = {}
   notes: list[str] = []
   if graft or path.is_dir():
-    params, notes = _grafted(config, model, mesh, path, graft)
+    params, projectors, notes = _read_part(config, model, mesh, path, graft)
   else:
     params, projectors = _read_whole(config, model, mesh, path)
   files.make_folder(workdir)
   with files.only_writer(workdir):
     check_unused(workdir)
+    (workdir / PROJECTORS).unlink(missing_ok=True)  # of an import that failed
     if projectors:
       weight_files.write(workdir / PROJECTORS, projectors)
     _save(config, mesh, workdir, params)
@@ -140,13 +142,19 @@ def _alone(mode: str) -> None:
 # --- reading --------------------------------------------------------------------------
 
 
+def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
+  """(the network's tensors, its projectors'); ConfigError for broken projectors."""
+  projectors = {n: t for n, t in tensors.items() if sit.PROJECTOR.fullmatch(n)}
+  rounded(projectors, np.float32)
+  return {n: t for n, t in tensors.items() if n not in projectors}, projectors
+
+
 def _read_whole(
   config: Config, model: Model, mesh: Mesh, path: pathlib.Path
-) -> tuple[Params, dict[str, np.ndarray]]:
+) -> tuple[Params, Tensors]:
   """(parameters in their shards, projectors) of a file that fits without a rest."""
   tensors = weight_files.read(path)
-  projectors = {n: t for n, t in tensors.items() if sit.PROJECTOR.fullmatch(n)}
-  rest = {n: t for n, t in tensors.items() if n not in projectors}
+  rest = tensors
   placed = trees.by_path(sharding.place(mesh, denoiser.abstract_params(model)))
 
   def place(where: tuple[str, ...], array: np.ndarray) -> jax.Array:
@@ -155,7 +163,7 @@ def _read_whole(
 
   grid = spec.grid_of(model, config.data.shape)
   try:
-    rounded(projectors, np.float32)
+    rest, projectors = _split(tensors)
     params = sit.from_tensors(model, grid, rest, place)
   except ConfigError as error:
     raise ConfigError(f"{path} does not fit: {_hint(rest, model)}{error}") from None
@@ -183,12 +191,12 @@ def _log(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   )
 
 
-def _grafted(
+def _read_part(
   config: Config, model: Model, mesh: Mesh, path: pathlib.Path, partly: bool
-) -> tuple[Params, list[str]]:
-  """(parameters in their shards, what is not as in the source) of a file or a run.
+) -> tuple[Params, Tensors, list[str]]:
+  """(parameters in their shards, projectors, what is not as there) of a file or a run.
 
-  ConfigError if something is not and `partly` is false.
+  ConfigError if something is not as there and `partly` is false.
   """
   source = _of_run(path) if path.is_dir() else _of_file(path, model, config)
   grid = spec.grid_of(model, config.data.shape)
@@ -216,7 +224,7 @@ def _grafted(
   for note in notes:
     logging.info("%s | %s", source.name, note)
   at = sharding.shardings(sharding.place(mesh, denoiser.abstract_params(model)))
-  return jax.device_put(params, at), notes
+  return jax.device_put(params, at), dict(source.projectors), notes
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -229,15 +237,16 @@ def _of_file(path: pathlib.Path, like: Model, config: Config) -> Source:
   """A file of a network of any size; ConfigError unless it is whole."""
   tensors = weight_files.read(path)
   try:
-    model = sit.model_of(tensors, like)
-    grid = sit.grid_of(tensors, spec.grid_of(like, config.data.shape))
+    rest, projectors = _split(tensors)
+    model = sit.model_of(rest, like)
+    grid = sit.grid_of(rest, spec.grid_of(like, config.data.shape))
     if grid is None:
       raise ConfigError(f"its {sit.POSITION_TABLE!r} is of no square grid of tokens")
-    params = sit.from_tensors(model, grid, tensors)
+    params = sit.from_tensors(model, grid, rest)
   except ConfigError as error:
     raise ConfigError(f"{path} cannot be used: {error}") from None
   _log(path, tensors)
-  return Source(path.name, model, params, grid)
+  return Source(path.name, model, params, grid, projectors)
 
 
 def _of_run(workdir: pathlib.Path) -> Source:
@@ -251,7 +260,9 @@ def _of_run(workdir: pathlib.Path) -> Source:
   step, params = sample.load_ema(workdir, config, mesh)
   logging.info("%s | average %s of step %d", workdir, config.sample.ema, step)
   grid = spec.grid_of(model, config.data.shape)
-  return Source(workdir.name, model, jax.device_get(params), grid)
+  kept = workdir / PROJECTORS
+  projectors = weight_files.read(kept) if kept.exists() else {}
+  return Source(workdir.name, model, jax.device_get(params), grid, projectors)
 
 
 # --- writing --------------------------------------------------------------------------

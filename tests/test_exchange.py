@@ -219,10 +219,14 @@ def test_weights_of_other_dtypes_become_float32(dtype, run_import, exported) -> 
     assert same(exported(workdir, BASE, f"--dtype={name}"), source)
 
 
-def test_projectors_come_back(run_import, exported) -> None:
+def test_projectors_come_back(run_import, exported, run_main, tmp_path) -> None:
+  """Through a run, and through a run that begins with it."""
   source = plain() | projectors()
   assert len(projectors()) == 12
-  assert same(exported(run_import(source, BASE), BASE), source)
+  workdir, second = run_import(source, BASE), tmp_path / "second"
+  assert same(exported(workdir, BASE), source)
+  run_main(BASE, "--mode=import", f"--source={workdir}", f"--workdir={second}")
+  assert same(exported(second, BASE), source)
 
 
 def test_an_elastic_network_comes_back_under_every_split(run_import, exported) -> None:
@@ -254,7 +258,8 @@ def fresh_of(config: config_lib.Config) -> dict:
 
 
 def test_a_plain_file_grafts_into_an_elastic_network(run_import, caplog) -> None:
-  workdir = run_import(plain(), *SPLIT, "--graft", "--config.seed=5")
+  both = plain() | projectors()
+  workdir = run_import(both, *SPLIT, "--graft", "--config.seed=5")
   raw = split_config()
   raw.seed = 5
   params, config = weights(workdir, raw)
@@ -265,6 +270,7 @@ def test_a_plain_file_grafts_into_an_elastic_network(run_import, caplog) -> None
   fresh = fresh_of(config)
   for stage in ("read", "write"):
     jax.tree.map(np.testing.assert_array_equal, params[stage], fresh[stage])
+  assert same(files.read(workdir / exchange.PROJECTORS), projectors())
   (note,) = json.loads((workdir / "imported.json").read_text())["not_as_in_the_source"]
   assert note.startswith("fresh, as the source has none: read.attn.k_norm")
 
@@ -483,6 +489,7 @@ def tmp(tmp_path_factory) -> pathlib.Path:
   bias, table = "final_layer.linear.bias", "y_embedder.embedding_table.weight"
   wrong = {
     "plain": p,
+    "projected": p | projectors(),
     "elit": elit(),
     "variance": random_tensors(dataclasses.replace(PLAIN_MODEL, out_channels=2)),
     "else": {"lstm.weight": zero},
@@ -565,14 +572,16 @@ def test_no_space_left_leaves_no_run(run_main, tmp, tmp_path, monkeypatch):
     left.mkdir(parents=True)
     raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
 
-  argv = (BASE, "--mode=import", f"--source={tmp}/plain.safetensors")
+  argv = (BASE, "--mode=import", f"--source={tmp}/projected.safetensors")
   with monkeypatch.context() as patch:
     patch.setattr(Checkpointer, "save", full_disk)
     with pytest.raises(ConfigError, match=r"cannot write .*No space left"):
       run_main(*argv, f"--workdir={workdir}")
   assert left.is_dir() and not (workdir / "config.json").exists()
+  argv = (BASE, "--mode=import", f"--source={tmp}/plain.safetensors")
   run_main(*argv, f"--workdir={workdir}")
   assert (workdir / "config.json").exists()
+  assert not (workdir / exchange.PROJECTORS).exists()  # nothing of the first try
 
 
 def test_what_half_cannot_hold_is_not_exported(run_import, run_main, tmp_path):
