@@ -85,15 +85,19 @@ def test_counted_times_are_those_of_the_indices():
     t = (index[inner] + side) / 1000
     ratio = np.log(path.sigma(np, t) / path.alpha(np, t))
     assert (np.sign(ratio - n[inner]) == np.sign(side)).all()
-  draws = jax.vmap(lambda key: times.uniform(path, key))(
-    jax.random.split(jax.random.key(0), 50_000)
-  )
-  found = np.asarray(draws) * 1000
-  np.testing.assert_allclose(found, np.round(found), atol=1e-3)
-  counts = np.bincount(np.round(found).astype(int), minlength=1000)
-  assert len(counts) == 1000
-  chi_squared = ((counts - 50) ** 2 / 50).sum()
-  assert abs(chi_squared - 999) < 5 * np.sqrt(2 * 999)
+
+
+def test_uniform_times():
+  u = (np.arange(4000) + 0.5) / 4000
+  counts = np.bincount(np.round(process("ddpm").uniform(np, u) * 1000).astype(int))
+  assert counts.tolist() == [4] * 1000  # 0 to 999, all alike
+  for name in ("linear", "cosine"):
+    np.testing.assert_array_equal(process(name).uniform(np, u), u)
+  assert process("vp").uniform(np, np.array([0.0, 1.0])).tolist() == [1e-5, 1]
+  keys = jax.random.split(jax.random.key(0), 2000)
+  for name in PATHS:
+    t = jax.vmap(lambda key, name=name: times.uniform(process(name), key))(keys)
+    assert t.mean() == pytest.approx(0.5, abs=5 / np.sqrt(12 * 2000))
 
 
 def test_the_schedule_of_ddpm():

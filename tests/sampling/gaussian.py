@@ -15,6 +15,7 @@ from elit_jax.budget import Budget
 from elit_jax.flow.process import PREDICTIONS, Prediction, Process, posterior
 from elit_jax.sampling import sampler
 from elit_jax.sampling.plan import Phase
+from elit_jax.sampling.step import Stepper
 from elit_jax.sampling.steppers import stepper
 
 MEAN, STD = 1.0, 0.5
@@ -58,14 +59,14 @@ def fraction(path: Process, times: np.ndarray) -> np.ndarray:
 
 
 def moments(
-  solver: str,
+  solver: str | Stepper,
   path: Process,
   steps: int,
   prediction: Prediction = "velocity",
   learned: bool = False,
 ) -> Moments:
   """Of what comes out, where x has those of noisy data at the start."""
-  made = stepper(solver)
+  made = stepper(solver) if isinstance(solver, str) else solver
   times = made.times(path, steps)
   evaluated = made.evaluated(times)
   inside = np.where(made.runs(steps), evaluated, 0.5)

@@ -137,6 +137,18 @@ def test_rk5_converges_as_fast(name: str):
   assert near < distance(moments("heun", process(name), 18), DATA)  # of equal price
 
 
+def test_every_stage_converts_what_the_network_predicts():
+  """By the midpoint rule, which never asks where all is data."""
+  midpoint = ode.runge_kutta(ode.Tableau((0.0, 0.5), ((), (0.5,), (0.0, 1.0))))
+  path = process("vp")
+  for steps in (10, 40):
+    by_noise, by_velocity = (
+      moments(midpoint, path, steps, kind) for kind in ("noise", "velocity")
+    )
+    assert distance(by_noise, by_velocity) < 2e-5
+  assert distance(by_noise, DATA) < 0.01
+
+
 def test_rk5_needs_a_velocity_where_all_is_data():
   path = process("vp")
   rk5 = stepper("rk5")
