@@ -219,6 +219,13 @@ def _read_part(
       source.model.time,
       model.time,
     )
+  if source.model.prediction != model.prediction:
+    logging.warning(
+      "%s | it predicts %s, ours %s: it must unlearn",
+      path,
+      source.model.prediction,
+      model.prediction,
+    )
   if source.grid != grid:
     logging.info("%s | tokens: %s there, %s here", source.name, source.grid, grid)
   for note in notes:

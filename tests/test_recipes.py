@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import imagenet
+from configs import finetune, imagenet
 from elit_jax import config as config_lib
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, spec
@@ -92,3 +92,17 @@ def test_every_run_is_built(run):
 def test_an_unknown_run_is_a_sentence():
   with pytest.raises(ConfigError, match="unknown run 'elit-xl-1024': did you mean 'el"):
     imagenet.get_config("elit-xl-1024")
+
+
+def test_fine_tuning_costs_what_it_says():
+  config = config_lib.resolve(finetune.get_config("37"))
+  work = teraflops(config)
+  hours = 1e12 * work * config.train.steps / (0.4 * imagenet.CHIPS["H100-hours"]) / 3600
+  said = " ".join(finetune.__doc__.split())
+  assert f"{work:.1f} TFLOPs a step at batch 16, {hours:.1f} H100-hours" in said
+
+
+@pytest.mark.parametrize("arg", ["", "cats", "0", "3,128"])
+def test_fine_tuning_wants_a_number_of_classes(arg):
+  with pytest.raises(ConfigError, match="the number of your classes"):
+    finetune.get_config(arg)

@@ -184,7 +184,6 @@ def exchange_files(folder: pathlib.Path, state: dict[str, torch.Tensor]) -> str:
   from configs import base
   from elit_jax import config as config_lib
   from elit_jax import exchange
-  from elit_jax.flow import process
   from elit_jax.models import presets
   from elit_jax.ports import files
 
@@ -192,8 +191,7 @@ def exchange_files(folder: pathlib.Path, state: dict[str, torch.Tensor]) -> str:
   raw = base.get_config()
   raw.model.preset, raw.model.classes = f"DiT-torch/{PATCH}", CLASSES
   raw.data.shape = (SIDE, SIDE, CHANNELS)
-  if "ddpm" in process.PROCESSES:  # the path that networks of DiT's need
-    raw.flow.path = "ddpm"
+  raw.flow.path = "ddpm"
   raw.mesh = (jax.device_count(), 1, 1)
   config = config_lib.resolve(raw)
   workdir, target = folder / "run", folder / "exported.pt"
