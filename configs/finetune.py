@@ -10,8 +10,8 @@ The argument is CLASSES[,256|512]. Four commands, the first two once:
     --config.sample.decoder=sd-vae-ft-mse.safetensors --config.sample.budgets=100%,25%
 
 `--graft` takes the blocks of a plain SiT-XL/2 or of an ELIT one, in any split, and
-makes anew what other classes need: the rows of the label table, and Read and Write where
-the file has none. Hardware: one GPU of 80 GB; 9.0 TFLOPs a step at batch 16, 0.1
+makes anew what other classes need: the rows of the label table, and Read and Write
+where the file has none. Hardware: one GPU of 80 GB; 9.0 TFLOPs a step at batch 16, 0.1
 H100-hours in all at 40 % of its public peak, assumed. Results: not run.
 """
 
