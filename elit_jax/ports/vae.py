@@ -3,15 +3,21 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from elit_jax.errors import ConfigError
 from elit_jax.models.vae import VAE, VAES, abstract_params
-from elit_jax.ports.tables import Entry, Params, import_tensors, leaf, linear, vector
+from elit_jax.ports import files
+from elit_jax.ports.tables import (
+  Entry,
+  Params,
+  import_tensors,
+  linear,
+  misfits,
+  vector,
+)
 
 Names = Literal["new", "old"]
 Shape = tuple[int, ...]
@@ -22,7 +28,6 @@ ATTENTION: dict[Names, dict[str, str]] = {
   "new": {"q": "to_q", "k": "to_k", "v": "to_v", "proj": "to_out.0"},
   "old": {"q": "query", "k": "key", "v": "value", "proj": "proj_attn"},
 }
-READABLE = ("F64", "F32", "F16", "BF16")
 
 
 def table(vae: VAE, names: Names = "new") -> list[Entry]:
@@ -83,97 +88,32 @@ def _norm(name: str, path: tuple[str, ...]) -> list[Entry]:
   ]
 
 
-def tensor_shapes(vae: VAE, names: Names = "new") -> dict[str, Shape]:
-  """The shape of every tensor in an autoencoder's file, by name."""
-  params = abstract_params(vae)
-  return {
-    row.name: row.to_theirs(np.broadcast_to(0, leaf(params, row.path).shape)).shape
-    for row in table(vae, names)
-  }
-
-
 def load(vae: VAE, path: str | os.PathLike[str]) -> tuple[Params, str]:
-  """Parameters (fp32 arrays of numpy) from a safetensors file, and the file's SHA-256.
+  """Parameters (fp32 arrays of numpy) from a file of weights, and the file's SHA-256.
 
-  The file holds fp16, bf16, fp32 or fp64 under diffusers' names, in either spelling.
-  ConfigError if it cannot be read, or does not fit; that lists every tensor that is
-  missing, unused, of another shape or type, or not finite. Names, shapes and types are
-  checked before any tensor is read.
+  The file has diffusers' names, in either spelling. ConfigError if it cannot be read,
+  or does not fit; that lists every tensor that is missing, unused, of another shape or
+  type, or not finite, and says which autoencoder it would fit.
   """
   path = pathlib.Path(path)
-  if path.is_dir():
-    raise ConfigError(f"cannot read {path}: it is a folder, not a safetensors file")
+  found = {name: _unrolled(name, tensor) for name, tensor in files.read(path).items()}
+  names: Names = "old" if any(".query." in name for name in found) else "new"
   try:
-    with safe_open(path, framework="np") as file:
-      tensors, names = _read(vae, path, file)
-  except SafetensorError as error:
-    raise ConfigError(
-      f"{path} is cut short or is no safetensors file ({error}): fetch it again, in "
-      "that format"
-    ) from None
-  except OSError as error:
-    raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
-  return import_tensors(table(vae, names), abstract_params(vae), tensors), _sha256(path)
-
-
-def _read(
-  vae: VAE, path: pathlib.Path, file: safe_open
-) -> tuple[dict[str, np.ndarray], Names]:
-  slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-  shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-  names: Names = "old" if any(".query." in name for name in shapes) else "new"
-  complaints = _misfits(tensor_shapes(vae, names), shapes)
-  if complaints:
+    params = import_tensors(table(vae, names), abstract_params(vae), found)
+  except ConfigError as error:
     fits = [
       repr(name)
       for name, other in VAES.items()
-      if not _misfits(tensor_shapes(other, names), shapes)
+      if other != vae
+      and not misfits(table(other, names), abstract_params(other), found)
     ]
-    complaints += [f"it fits {' and '.join(fits)}"] if fits else []
-  odd = [
-    f"{name} ({part.get_dtype()})"
-    for name, part in slices.items()
-    if part.get_dtype() not in READABLE
-  ]
-  if odd:
-    complaints.append(f"not of type {' or '.join(READABLE)}: {', '.join(sorted(odd))}")
-  _refuse(path, complaints)
-  tensors = {
-    name: file.get_tensor(name).astype(np.float32).reshape(_unrolled(name, shape))
-    for name, shape in shapes.items()
-  }
-  bad = sorted(name for name, x in tensors.items() if not np.isfinite(x).all())
-  _refuse(path, [f"not finite: {', '.join(bad)}"] if bad else [])
-  return tensors, names
-
-
-def _refuse(path: pathlib.Path, complaints: list[str]) -> None:
-  if complaints:
-    raise ConfigError(f"{path} does not fit: {'; '.join(complaints)}")
-
-
-def _misfits(wanted: Mapping[str, Shape], given: Mapping[str, Shape]) -> list[str]:
-  """What is missing, unused and misshapen, each in one phrase."""
-  given = {name: _unrolled(name, shape) for name, shape in given.items()}
-  wrong = [
-    f"{name} {given[name]}, which should be {shape}"
-    for name, shape in wanted.items()
-    if given.get(name, shape) != shape
-  ]
-  found = {
-    "missing tensors": wanted.keys() - given.keys(),
-    "unused tensors": given.keys() - wanted.keys(),
-    "misshapen tensors": wrong,
-  }
-  return [f"{what}: {', '.join(sorted(some))}" for what, some in found.items() if some]
-
-
-def _unrolled(name: str, shape: Shape) -> Shape:
-  """The shape of an attention's projection that is stored as a 1x1 convolution."""
-  is_conv = ".attentions." in name and len(shape) == 4 and shape[2:] == (1, 1)
-  return shape[:2] if is_conv else shape
-
-
-def _sha256(path: pathlib.Path) -> str:
+    hint = f"; it fits {' and '.join(fits)}" if fits else ""
+    raise ConfigError(f"{path} does not fit: {error}{hint}") from None
   with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+    return params, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unrolled(name: str, tensor: np.ndarray) -> np.ndarray:
+  """An attention's projection may be stored as a 1x1 convolution."""
+  is_conv = ".attentions." in name and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
+  return tensor.reshape(tensor.shape[:2]) if is_conv else tensor
