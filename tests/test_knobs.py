@@ -26,7 +26,7 @@ from PIL import Image
 from configs import base, digits, elit_sit
 from elit_jax import config as config_lib
 from elit_jax import evaluate, files, logs, monitor, sample, sharding, train
-from elit_jax.data import listings, prepare
+from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 
 MOST_LEAVES = 80
@@ -330,7 +330,7 @@ def evaluation(config: config_lib.Config) -> Any:
 def preparing(config: config_lib.Config) -> Any:
   """What `--mode=prepare` opens, writes and says; one of the pictures is broken."""
   open_listing, pool = listings.open_listing, concurrent.futures.ThreadPoolExecutor
-  encoder, found = prepare.encoder, []
+  encoder, found = job.encoder, []
 
   def opened(path, kind):
     found.append((path, kind))
@@ -348,7 +348,7 @@ def preparing(config: config_lib.Config) -> Any:
     patch.chdir(folder)
     patch.setattr(listings, "open_listing", opened)
     patch.setattr(concurrent.futures, "ThreadPoolExecutor", pooled)
-    patch.setattr(prepare, "encoder", encoding)
+    patch.setattr(job, "encoder", encoding)
     for i, name in enumerate(("photos/0", "photos/1", "photos/2", "others/0")):
       path = pathlib.Path(f"{name}.png")
       path.parent.mkdir(exist_ok=True)

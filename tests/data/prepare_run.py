@@ -9,10 +9,10 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data")]
 
-main, prepare, shards, vae, prepared = map(
+main, prepare, shard_writer, vae, prepared = map(
   importlib.import_module,
   (
-    *("main", "elit_jax.data.prepare", "elit_jax.data.shards"),
+    *("main", "elit_jax.data.prepare", "elit_jax.data.shard_writer"),
     *("elit_jax.models.vae", "prepared"),
   ),
 )
@@ -31,7 +31,8 @@ def slowed(function):
 
 
 prepare.load = slowed(prepare.load)
-shards.checksum = slowed(shards.checksum)  # between the files of a shard, too
+# Between the files of a shard, too.
+shard_writer.checksum = slowed(shard_writer.checksum)
 
 if __name__ == "__main__":
   main.cli()

@@ -21,7 +21,8 @@ from prepared import BROKEN, PIXELS, SMALL, contents, make_config, picture, raw
 
 from elit_jax import config as config_lib
 from elit_jax import files, preemption, train
-from elit_jax.data import images, pipeline, prepare, shards, stored
+from elit_jax.data import images, pipeline, prepare, shard_writer, shards, stored
+from elit_jax.data.job import make_job
 from elit_jax.errors import ConfigError
 from elit_jax.models import vae
 
@@ -76,7 +77,7 @@ def test_the_manifest_says_how(photos, reference):
   assert len(manifest["source_sha256"]) == 64
   for shard in manifest["shards"]:
     path = reference / f"{shard['name']}.bin"
-    assert shards.checksum(path) == shard["sha256"]
+    assert shard_writer.checksum(path) == shard["sha256"]
     assert path.stat().st_size == shard["bytes"] == 128 * shard["count"]
   skipped = files.read_json(reference / shards.SKIPPED)["skipped"]
   assert [s["name"] for s in skipped] == list(BROKEN)
@@ -127,7 +128,7 @@ def test_bytes_do_not_depend_on_the_process_count(photos, tmp_path, count, fmt):
   for processes in (1, count):
     folder = tmp_path / str(processes)
     folder.mkdir()
-    todo = prepare.job(make_config(photos, folder, prepare__format=fmt))
+    todo = make_job(make_config(photos, folder, prepare__format=fmt))
     prepare.begin(folder, todo)
     for process in reversed(range(processes)):
       mine = range(process, len(todo.names), processes)
