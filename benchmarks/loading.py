@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.timing import cores, interleaved, ratio
 from elit_jax import files
-from elit_jax.data import shards, stored
+from elit_jax.data import shard_writer, shards, stored
 from elit_jax.data.pipeline import Loader
 
 SHAPE = (32, 32, 8)  # moments of SD's VAE at 256 px
@@ -113,18 +113,19 @@ def write(folder: pathlib.Path, fmt: str, count: int, shard_size: int) -> None:
   folder.mkdir()
   rng = np.random.default_rng(0)
   names = [
-    shards.stem(i, -(-count // shard_size)) for i in range(-(-count // shard_size))
+    shard_writer.stem(i, -(-count // shard_size))
+    for i in range(-(-count // shard_size))
   ]
   for i, name in enumerate(names):
     rows = min(shard_size, count - i * shard_size)
-    with shards.ShardWriter(folder, name, fmt, "float16") as writer:
+    with shard_writer.ShardWriter(folder, name, fmt, "float16") as writer:
       values = rng.standard_normal((rows, *SHAPE), np.float32).astype(np.float16)
       writer.write(values, rng.integers(1000, size=rows).astype(np.int32))
       writer.finish()
   head = {"version": shards.VERSION, "format": fmt, "classes": ["?"] * 1000}
   head |= stored.fields(SHAPE, "", "float16") | {"content": "moments"}
   records = [files.read_json(folder / f"{name}.json") for name in names]
-  shards.write_manifest(folder, head, records)
+  shard_writer.write_manifest(folder, head, records)
 
 
 def shuffled(dataset: grain.MapDataset, threads: int) -> Iterator:

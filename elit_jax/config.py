@@ -448,14 +448,17 @@ MODEL_LEAVES = (
   "elit",
   "flow.path",
   "data.shape",
+  "data.vae",
 )
+# What the absence of such a leaf means, in configs saved before it was there.
+ABSENT = {"data.vae": ""}
 
 
 def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   """The leaves that change the model between two saved configs, with both values."""
 
   def picked(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = files.flatten(config)
+    flat = {**ABSENT, **files.flatten(config)}
     return {
       name: value
       for name, value in flat.items()

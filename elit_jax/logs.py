@@ -181,15 +181,18 @@ class Progress:
     total: int,
     images_per_step: int | None = None,
     *,
+    noun: str = "step",
     window: int = 10,
     clock: Callable[[], float] = time.monotonic,
     emit: Callable[[str], None] = logging.info,
   ):
     """`total` is the last step; `clock` returns seconds; `emit` puts a line on screen.
 
-    Without `images_per_step` the rate is in steps per second.
+    Without `images_per_step` the rate is in steps per second. `noun` is what a step is
+    called.
     """
     self._phase = phase
+    self._noun = noun
     self._total = total
     self._images = images_per_step
     self._clock = clock
@@ -222,7 +225,7 @@ class Progress:
     return line
 
   def _line(self, step: int, values: Mapping[str, float], notes: Sequence[str]) -> str:
-    parts = [f"phase {self._phase}", f"step {step}/{self._total}"]
+    parts = [f"phase {self._phase}", f"{self._noun} {step}/{self._total}"]
     parts += [f"{key} {float(value):.4f}" for key, value in values.items()]
     (start, first), (now, last) = self._seen[0], self._seen[-1]
     rate = (last - first) / (now - start) if now > start else 0.0

@@ -41,8 +41,20 @@ def parity_dir() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def photographs_dir() -> pathlib.Path:
+  """Folder of photographs by class; without it, the tests that need it are skipped."""
+  default = ROOT / "../shared/data/imagenet_sample"
+  folder = pathlib.Path(os.environ.get("ELIT_PHOTOGRAPHS_DIR", default)).resolve()
+  if not folder.is_dir():
+    pytest.skip(f"no photographs in {folder}: set ELIT_PHOTOGRAPHS_DIR to their folder")
+  return folder
+
+
+@pytest.fixture(scope="session")
 def run_main() -> Callable[..., None]:
   """`main.py` with these arguments, in this process; wrong input raises ConfigError."""
+  import grain  # noqa: F401  # defines flags, and flagsaver drops those that are new
+
   import main
   from elit_jax import preemption
 

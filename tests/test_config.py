@@ -236,6 +236,7 @@ def test_what_changes_the_model_is_a_difference():
     "elit.sees": "kept",
     "elit.window": [4, 4],
     "flow.path": "cosine",
+    "data.vae": "sd",
   }.items():
     (found,) = differences(leaf, value)
     was = files.flatten(old)[leaf]
@@ -254,6 +255,16 @@ def test_what_changes_the_model_is_a_difference():
     "guidance.scale": 2.0,
   }.items():
     assert differences(leaf, value) == []
+
+
+def test_runs_from_before_autoencoders_had_none():
+  old = config_lib.to_json(config_lib.resolve(UNWEIGHTED))
+  new = config_lib.to_json(config_lib.resolve(changed(UNWEIGHTED, "data.vae", "sd")))
+  del old["data"]["vae"]
+  plain = config_lib.to_json(config_lib.resolve(UNWEIGHTED))
+  assert config_lib.model_differences(old, plain) == []
+  assert config_lib.model_differences(plain, old) == []
+  assert config_lib.model_differences(old, new) == ["data.vae was '', is 'sd'"]
 
 
 def test_a_mechanism_more_or_less_is_a_difference():

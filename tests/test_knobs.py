@@ -20,14 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import standins
 from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import base, digits, elit_sit
 from elit_jax import config as config_lib
 from elit_jax import evaluate, files, logs, monitor, sample, sharding, train
-from elit_jax.data import prepare
+from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 
 MOST_LEAVES = 80
@@ -49,9 +48,9 @@ AVERAGES = {"optim.ema": ("0.9999", "0.99"), "train.preview_every": 50}
 
 PIXELS = {"data.shape": (8, 8, 3), "data.dtype": "uint8", "prepare.crop": "center"}
 LATENTS = PIXELS | {
-  "data.shape": (4, 4, 2),
+  "data.shape": (2, 2, 4),
   "data.dtype": "float16",
-  "data.vae": "small",
+  "data.vae": "tiny",
   "prepare.weights": "random:0",
 }
 
@@ -70,7 +69,7 @@ KNOBS = {
   "data.source": Knob("digits", "data"),
   "data.path": Knob("elsewhere", "preparing", PIXELS),
   "data.shape": Knob((4, 4, 1), "step data"),
-  "data.vae": Knob("small", "step"),
+  "data.vae": Knob("tiny", "step", {"data.shape": (8, 8, 4)}),
   "data.dtype": Knob("uint8", "step"),
   "budgets": Knob(("k4", "k2"), "budgets step", ELIT),
   "budget_weights": Knob((1.0, 3.0), "budgets", ELIT),
@@ -330,9 +329,8 @@ def evaluation(config: config_lib.Config) -> Any:
 
 def preparing(config: config_lib.Config) -> Any:
   """What `--mode=prepare` opens, writes and says; one of the pictures is broken."""
-  module = sys.modules["elit_jax.data.listings"]
-  open_listing, pool = module.open_listing, concurrent.futures.ThreadPoolExecutor
-  encoder, found = prepare.encoder, []
+  open_listing, pool = listings.open_listing, concurrent.futures.ThreadPoolExecutor
+  encoder, found = job.encoder, []
 
   def opened(path, kind):
     found.append((path, kind))
@@ -348,9 +346,9 @@ def preparing(config: config_lib.Config) -> Any:
 
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.chdir(folder)
-    patch.setattr(module, "open_listing", opened)
+    patch.setattr(listings, "open_listing", opened)
     patch.setattr(concurrent.futures, "ThreadPoolExecutor", pooled)
-    patch.setattr(prepare, "encoder", encoding)
+    patch.setattr(job, "encoder", encoding)
     for i, name in enumerate(("photos/0", "photos/1", "photos/2", "others/0")):
       path = pathlib.Path(f"{name}.png")
       path.parent.mkdir(exist_ok=True)
@@ -393,11 +391,6 @@ def effect_of(name: str, leaves: Mapping[str, Any]) -> Any:
   if key not in _seen:
     _seen[key] = EFFECTS[name](make_config(leaves))
   return _seen[key]
-
-
-@pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
-  standins.install(monkeypatch)
 
 
 # --- the tests ------------------------------------------------------------------------

@@ -1,13 +1,19 @@
 """The runs of ImageNet: each is built, and costs what its table says."""
 
+import contextlib
+import functools
+import pathlib
+
 import jax
 import numpy as np
 import pytest
 
 from configs import finetune, imagenet
 from elit_jax import config as config_lib
+from elit_jax import sharding, train
+from elit_jax.data import pipeline, prepare
 from elit_jax.errors import ConfigError
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, presets, spec, vae
 
 
 def teraflops(config) -> float:
@@ -106,3 +112,69 @@ def test_fine_tuning_costs_what_it_says():
 def test_fine_tuning_wants_a_number_of_classes(arg):
   with pytest.raises(ConfigError, match="the number of your classes"):
     finetune.get_config(arg)
+
+
+# --- one step -------------------------------------------------------------------------
+
+# Of the shape of "sd", in whose place it stands: the latents mean nothing, but they are
+# those of photographs, by every step of the way.
+THIN = vae.VAE(widths=(2, 2, 2, 2), layers=1, groups=1)
+OF_SIZE_B = [run for run in imagenet.RUNS if "-b-256" in run]
+
+
+@pytest.fixture(scope="module")
+def latents(photographs_dir, tmp_path_factory) -> pathlib.Path:
+  """All photographs as moments (32, 32, 8), prepared as a recipe says."""
+  folder = tmp_path_factory.mktemp("imagenet_256")
+  raw = imagenet.get_config("sit-b-256")
+  raw.data.path = str(folder)
+  raw.prepare.source, raw.prepare.weights = str(photographs_dir), "random:0"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(vae.VAES, "sd", THIN)
+    prepare.run(config_lib.resolve(raw), folder)
+  return folder
+
+
+def take_a_step(run: str, folder: pathlib.Path) -> dict[str, float]:
+  """The metrics of the first step, of two examples on one device, at the last budget.
+
+  AssertionError unless it moves parameters and average.
+  """
+  raw = imagenet.get_config(run)
+  raw.data.path, raw.train.batch_size = str(folder), 2
+  raw.optim.warmup = 0  # else the first step is next to nothing
+  config = config_lib.resolve(raw)
+  model = config_lib.build_model(config)
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  budget = config_lib.budgets(config, model)[-1]
+  source = train.open_source(config)
+  assert len(source) == 200
+  with contextlib.closing(pipeline.Loader(source, 2, config.seed)) as loader:
+    batch = train.put(config, mesh, next(loader))
+  target = train.abstract_state(config, model, mesh)
+  init = functools.partial(train.init_state, config, model)
+  state = jax.jit(init, out_shardings=sharding.shardings(target))()
+  before = jax.device_get(state["params"])
+  step = train.lower_step(config, model, budget, mesh).compile()
+  state, metrics = step(state, batch)
+  for after in (state["params"], *state["ema"].values()):
+    moved = jax.tree.map(lambda a, b: np.abs(a - np.asarray(b)).max(), before, after)
+    assert max(jax.tree.leaves(moved)) > 0
+  return {name: float(value) for name, value in metrics.items()}
+
+
+def check_step(run: str, folder: pathlib.Path) -> None:
+  metrics = take_a_step(run, folder)
+  assert np.isfinite(metrics["loss"]) and 0 < metrics["grad_norm"] < np.inf
+  assert metrics["bad_steps"] == 0
+
+
+def test_a_narrow_step_on_photographs(latents, monkeypatch):
+  monkeypatch.setitem(presets.SIZES, "B", presets.Size(12, 96, 4))
+  check_step("elit-b-256-75", latents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", OF_SIZE_B)
+def test_a_step_on_photographs(run, latents):
+  check_step(run, latents)

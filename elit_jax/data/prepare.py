@@ -9,202 +9,26 @@ import concurrent.futures
 import contextlib
 import functools
 import math
-import os
 import pathlib
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from PIL import Image
 
-from elit_jax import distributed, files, preemption, sharding
+from elit_jax import distributed, files, preemption
 from elit_jax.config import Config
-from elit_jax.data import shards, stored
-from elit_jax.errors import ConfigError, lookup
+from elit_jax.data import shard_writer, shards
+from elit_jax.data.job import Job, make_job
+from elit_jax.errors import ConfigError
 from elit_jax.logs import Progress
 
 AHEAD = 2  # batches being decoded while one is encoded and one written
 SECONDS = 10  # between lines of progress
-
-Encode = Callable[[np.ndarray], Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-  """What is to be done, the same on all processes.
-
-  head: the manifest but for its counts. encode: uint8 images (B, H, W, 3) to arrays
-  (B, *shape) that may still be on their way. variants: examples an image gives.
-  """
-
-  listing: Any  # elit_jax.data.listings.Listing
-  crop: Callable[[Any], np.ndarray]
-  picture: tuple[int, int, int]
-  encode: Encode
-  head: Mapping[str, Any]
-  variants: int
-  shard_size: int
-  batch_size: int
-  workers: int
-  max_skipped: int
-
-  @property
-  def names(self) -> list[str]:
-    """Of all shards, in order."""
-    count = -(-len(self.listing) // self.shard_size)
-    return [shards.stem(i, count) for i in range(count)]
-
-  def images(self, shard: int) -> range:
-    """The places in the listing that fall into a shard."""
-    first = shard * self.shard_size
-    return range(first, min(first + self.shard_size, len(self.listing)))
-
-  def pieces(self, shard: int) -> list[range]:
-    """Those images in the batches that are encoded at once."""
-    images = self.images(shard)
-    return [
-      images[i : i + self.batch_size] for i in range(0, len(images), self.batch_size)
-    ]
-
-
-# --- what is to be done ---------------------------------------------------------------
-
-
-def job(config: Config) -> Job:
-  """Everything that can be wrong with a preparation is a ConfigError here."""
-  from elit_jax.data import images, listings  # only this mode decodes images
-
-  p, d = config.prepare, config.data
-  if not p.source:
-    raise ConfigError("config.prepare.source is empty: the folder or file of images")
-  height, width = _picture(config)
-  crop = lookup(images.CROPS, p.crop, "config.prepare.crop")
-  size = p.resolution or (width, height)
-  if len(size) != 2 or min(size) < 1:
-    raise ConfigError(
-      f"config.prepare.resolution is {size}: want (width, height), or () for that of "
-      "config.data.shape"
-    )
-  found = crop(Image.new("RGB", (max(size), max(size))), *size).shape
-  if found != (height, width, 3):
-    raise ConfigError(
-      f"crop {p.crop!r} at {size[0]} x {size[1]} gives pictures of {found}, and "
-      f"config.data.shape {d.shape} wants {(height, width, 3)}: change "
-      "config.prepare.resolution or config.data.shape"
-    )
-  listing = listings.open_listing(p.source, p.kind)
-  encode, weights = encoder(config)
-  head = {
-    "version": shards.VERSION,
-    "format": p.format,
-    **stored.fields(d.shape, d.vae, d.dtype),
-    "weights": weights,
-    "input_range": [-1, 1] if d.vae else [0, 255],
-    "resolution": list(size),
-    "crop": p.crop,
-    "flip": p.flip,
-    "shard_size": p.shard_size,
-    "images": len(listing),
-    "source_sha256": listing.digest(),
-    "classes": list(listing.classes),
-  }
-  return Job(
-    listing=listing,
-    crop=lambda image: crop(image, *size),
-    picture=(height, width, 3),
-    encode=encode,
-    head=head,
-    variants=2 if p.flip else 1,
-    shard_size=p.shard_size,
-    batch_size=p.batch_size,
-    workers=p.workers or os.cpu_count() or 1,
-    max_skipped=p.max_skipped,
-  )
-
-
-def _picture(config: Config) -> tuple[int, int]:
-  """(height, width) of the pictures that give samples of `data.shape`."""
-  d = config.data
-  if len(d.shape) != 3:
-    raise ConfigError(
-      f"config.data.shape is {d.shape}: images give (height, width, channels)"
-    )
-  height, width, channels = d.shape
-  factor, wanted, dtypes = 1, 3, ["uint8"]
-  if d.vae:
-    from elit_jax.models import vae
-
-    found = vae.vae(d.vae)
-    factor, wanted, dtypes = found.factor, found.latent_channels, ["float16", "float32"]
-  if channels != wanted:
-    what = f"latents of the VAE {d.vae!r} have" if d.vae else "pixels have"
-    raise ConfigError(
-      f"config.data.shape is {d.shape}, and {what} {wanted} channels: use "
-      f"{(height, width, wanted)}, or another config.data.vae"
-    )
-  if d.dtype not in dtypes:
-    what = f"moments of the VAE {d.vae!r}" if d.vae else "pixels"
-    raise ConfigError(
-      f"config.data.dtype is {d.dtype!r}: {what} are stored as {' or '.join(dtypes)}"
-    )
-  return height * factor, width * factor
-
-
-def encoder(config: Config) -> tuple[Encode, str]:
-  """How pictures become what is stored, and which weights do that.
-
-  The weights are a sha256, or "random:SEED" as the config has it, or "" for pixels.
-  """
-  name, weights = config.data.vae, config.prepare.weights
-  if not name:
-    if weights:
-      raise ConfigError(
-        f"config.prepare.weights is {weights!r} but config.data.vae is empty: name the "
-        "VAE, or leave both empty to store pixels"
-      )
-    return (lambda images: images), ""
-  if not weights:
-    raise ConfigError(
-      f"config.prepare.weights is empty: give the safetensors of the VAE {name!r}, or "
-      "random:0 to rehearse"
-    )
-  from elit_jax import autoencoder
-  from elit_jax.models import vae
-
-  found, params, identity = autoencoder.load(name, weights, "config.prepare.weights")
-  dtype = shards.DTYPES[config.data.dtype]
-  return compile_encoder(functools.partial(vae.encode, found), params, dtype), identity
-
-
-def compile_encoder(encode: Callable, params: Any, dtype: np.dtype) -> Encode:
-  """uint8 images (B, H, W, 3) to moments (B, h, w, 2 Z), over this process's devices.
-
-  A batch is filled up to what divides over them.
-  """
-  mesh = sharding.make_mesh((-1, 1, 1), jax.local_devices())
-  params = jax.device_put(params, sharding.replicated(mesh))
-
-  def moments(params: Any, images: jax.Array) -> jax.Array:
-    x = images.astype(jnp.float32) / 127.5 - 1
-    return encode(params, x).astype(dtype)
-
-  program = jax.jit(sharding.on_mesh(mesh, moments), out_shardings=sharding.split(mesh))
-
-  def run(images: np.ndarray) -> jax.Array:
-    pad = sharding.round_up(len(images), mesh) - len(images)
-    padded = np.pad(images, ((0, pad), (0, 0), (0, 0), (0, 0)))
-    return program(params, jax.device_put(padded, sharding.split(mesh)))[: len(images)]
-
-  return run
-
-
-# --- doing it -------------------------------------------------------------------------
 
 
 @dataclass
@@ -241,15 +65,14 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   damaged. The manifest comes last, and without one nothing is read.
   """
   folder = pathlib.Path(config.data.path or workdir).expanduser()
-  todo = distributed.together(lambda: job(config))
+  todo = distributed.together(lambda: make_job(config))
   distributed.open_folder(folder)
   with distributed.held_by_leader(files.only_writer(folder)):
     distributed.on_leader(lambda: begin(folder, todo))
     found = find_all(folder, todo)
     missing = [i for i, name in enumerate(todo.names) if name not in found]
     logging.info(
-      "phase prepare | %d images | %d of %d shards are there",
-      *(len(todo.listing), len(found), len(todo.names)),
+      "phase prepare | %d of %d shards are there", len(found), len(todo.names)
     )
     tally = Tally(skipped=sum(len(r["skipped"]) for r in found.values()))
     if not make_all(folder, todo, missing, tally):
@@ -283,13 +106,13 @@ LEAVES = (
 def begin(folder: pathlib.Path, todo: Job) -> None:
   """Refuses a folder of other settings; removes what a killed run left unfinished."""
   files.claim(folder / shards.SETTINGS, todo.head, LEAVES)
-  shards.sweep(folder)
+  shard_writer.sweep(folder)
 
 
 def find_all(folder: pathlib.Path, todo: Job) -> dict[str, dict[str, Any]]:
   """The records of all shards that are whole; each process looks at its share."""
   index, count = jax.process_index(), jax.process_count()
-  mine = shards.find_all(folder, todo.names[index::count], todo.head["format"])
+  mine = shard_writer.find_all(folder, todo.names[index::count], todo.head["format"])
   if count == 1:
     return mine
   whole = np.array([name in mine for name in todo.names])
@@ -335,15 +158,15 @@ def make(
   cannot be used, or nothing more can be written; whole shards stay.
   """
   total = sum(len(todo.images(shard)) for shard in mine)
-  progress = Progress("prepare", total, 1)
+  progress = Progress("prepare", total, 1, noun="image")
   done, shown = 0, -math.inf
   with concurrent.futures.ThreadPoolExecutor(todo.workers, "decode") as pool:
     pieces = [piece for shard in mine for piece in todo.pieces(shard)]
     stream = encoded(todo, decoded(todo, pool, pieces, tally), tally)
     try:
-      for shard in mine:
-        name, head = todo.names[shard], todo.head
-        with shards.ShardWriter(folder, name, head["format"], head["dtype"]) as writer:
+      for number, shard in enumerate(mine, 1):
+        name, fmt, dtype = todo.names[shard], todo.head["format"], todo.head["dtype"]
+        with shard_writer.ShardWriter(folder, name, fmt, dtype) as writer:
           for _ in todo.pieces(shard):
             if preemption.requested():
               raise _Leave
@@ -355,7 +178,8 @@ def make(
             done += len(ready.images)
             if done == total or time.monotonic() - shown > SECONDS:
               shown = time.monotonic()
-              progress.update(done, notes=[f"{tally.skipped} skipped"])
+              notes = [f"shard {number}/{len(mine)}", f"{tally.skipped} skipped"]
+              progress.update(done, notes=notes)
           with tally.time("write"):
             writer.finish()
         yield shard
@@ -451,7 +275,7 @@ def encoded(todo: Job, stream: Iterable[Ready], tally: Tally) -> Iterator[Ready]
     yield fetch(running)
 
 
-def write(todo: Job, writer: shards.ShardWriter, ready: Ready) -> None:
+def write(todo: Job, writer: shard_writer.ShardWriter, ready: Ready) -> None:
   """Adds what a piece gives to its shard; of each image all variants in a row."""
   good = np.array([not reason for reason in ready.reasons], bool)
   labels = np.array([todo.listing.label(i) for i in ready.images], np.int32)
@@ -463,13 +287,13 @@ def write(todo: Job, writer: shards.ShardWriter, ready: Ready) -> None:
 
 
 def check_skipped(
-  folder: pathlib.Path, todo: Job, writer: shards.ShardWriter, count: int
+  folder: pathlib.Path, todo: Job, writer: shard_writer.ShardWriter, count: int
 ) -> None:
   """Raises ConfigError if too many images cannot be used, and lists them."""
   if count <= todo.max_skipped:
     return
   if distributed.is_leader():
-    shards.write_skipped(folder, [*known_skips(folder, todo), *writer.skipped])
+    shard_writer.write_skipped(folder, [*known_skips(folder, todo), *writer.skipped])
   last = writer.skipped[-1] if writer.skipped else {"name": "?", "reason": "?"}
   raise ConfigError(
     f"{count} images cannot be used, which is more than config.prepare.max_skipped "
@@ -492,12 +316,13 @@ def finish(folder: pathlib.Path, todo: Job) -> None:
   skipped = sum(len(record["skipped"]) for record in records)
   count = sum(record["count"] for record in records)
   if skipped > todo.max_skipped or not count:
-    shards.write_skipped(folder, known_skips(folder, todo))
+    shard_writer.write_skipped(folder, known_skips(folder, todo))
     raise ConfigError(
       f"{skipped} of {len(todo.listing)} images cannot be used, and "
       f"config.prepare.max_skipped is {todo.max_skipped}: see {folder / shards.SKIPPED}"
     )
-  shards.write_manifest(folder, todo.head, records)
+  shard_writer.write_manifest(folder, todo.head, records)
   logging.info(
-    "phase prepare | %d examples in %s, %d images skipped", count, folder, skipped
+    "phase prepare | %d examples in %s, %d images skipped%s",
+    *(count, folder, skipped, f" (see {shards.SKIPPED})" if skipped else ""),
   )

@@ -62,6 +62,26 @@ def row_caption(row: Mapping) -> str:
   )
 
 
+def fitted(labels: Sequence[str], points: float) -> tuple[list[str], float]:
+  """Labels for columns `points` wide, and the size of type at which they fit.
+
+  What follows the number comes below it; names that are too long even for small type
+  are cut.
+  """
+  wide, smallest, largest = 0.62, 6.0, 10.0  # a character is 0.62 of its size, about
+  most = int(points / (wide * smallest))
+  lines = [
+    [
+      part if len(part) <= most else f"{part[: most - 1]}…"
+      for part in text.split(" ", 1)
+    ]
+    for text in labels
+  ]
+  longest = max((len(part) for parts in lines for part in parts), default=1)
+  size = min(largest, points / (wide * max(1, longest)))
+  return ["\n".join(parts) for parts in lines], size
+
+
 def grid_png(
   path: str | os.PathLike,
   rows: Sequence[tuple[str, np.ndarray]],
@@ -109,8 +129,9 @@ def grid_png(
     0.15 / size_x, 1 - 0.16 / size_y, title, fontsize=11, weight="bold", va="top"
   )
   axes.text(-2 * gap, -gap, "label", fontsize=10, color="0.35", ha="right")
-  for j, label in enumerate(labels):
-    axes.text(j * stride_x + width / 2, -gap, str(label), fontsize=10, ha="center")
+  texts, size = fitted([str(label) for label in labels], 72 * cell)
+  for j, text in enumerate(texts):
+    axes.text(j * stride_x + width / 2, -gap, text, fontsize=size, ha="center")
   point = width / (72 * cell)  # canvas pixels in one typographic point
   for i, (caption, _) in enumerate(rows):
     name, _, rest = caption.partition("\n")

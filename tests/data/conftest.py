@@ -4,15 +4,14 @@ import io
 import pathlib
 
 import pytest
-import standins
-from prepared import BROKEN, CLASSES, EACH, make_config, picture
+from prepared import BROKEN, CLASSES, EACH, add_vaes, make_config, picture
 
 from elit_jax.data import prepare
 
 
 @pytest.fixture
-def stand_ins(monkeypatch):
-  standins.install(monkeypatch)
+def small_vaes(monkeypatch):
+  add_vaes(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +33,6 @@ def reference(photos, tmp_path_factory) -> pathlib.Path:
   """A preparation that nobody disturbs."""
   folder = tmp_path_factory.mktemp("reference") / "shards"
   with pytest.MonkeyPatch.context() as patch:
-    standins.install(patch)
+    add_vaes(patch)
     prepare.run(make_config(photos, folder), folder)
   return folder

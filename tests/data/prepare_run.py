@@ -1,4 +1,4 @@
-"""`main.py` with the stand-ins, and with pauses where the environment asks for them."""
+"""`main.py` with small autoencoders, and with pauses if the environment wants them."""
 
 import importlib
 import os
@@ -6,17 +6,17 @@ import pathlib
 import sys
 import time
 
-import pytest
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "data")]
 
-standins = importlib.import_module("standins")
-standins.install(pytest.MonkeyPatch())
-main, prepare, shards = map(
+main, prepare, shard_writer, vae, prepared = map(
   importlib.import_module,
-  ("main", "elit_jax.data.prepare", "elit_jax.data.shards"),
+  (
+    *("main", "elit_jax.data.prepare", "elit_jax.data.shard_writer"),
+    *("elit_jax.models.vae", "prepared"),
+  ),
 )
+vae.VAES.update(prepared.VAES)
 
 
 def slowed(function):
@@ -31,7 +31,8 @@ def slowed(function):
 
 
 prepare.load = slowed(prepare.load)
-shards.checksum = slowed(shards.checksum)  # between the files of a shard, too
+# Between the files of a shard, too.
+shard_writer.checksum = slowed(shard_writer.checksum)
 
 if __name__ == "__main__":
   main.cli()

@@ -1,17 +1,43 @@
-"""Small photographs, and configs that prepare them."""
+"""Small photographs, autoencoders as small, and configs that prepare with them."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import base
 from elit_jax import config as config_lib
+from elit_jax.models import vae
 
 CLASSES, EACH = 3, 9
 BROKEN = ("b/03.png", "c/08.png")  # by name
 SHARD, BATCH = 5, 2  # images; neither divides the other, nor the count
+
+
+# Compiled in a second, and of few latents: they are put beside those of vae.VAES.
+SMALL = vae.VAE(
+  latent_channels=2,
+  widths=(2, 2, 2),
+  layers=1,
+  groups=1,
+  quant_convs=False,
+  scale=0.5,
+  shift=0.25,
+)
+VAES = {
+  "small": SMALL,
+  "wide": dataclasses.replace(SMALL, latent_channels=3),
+  "other": dataclasses.replace(SMALL, scale=0.4),
+}
+
+
+def add_vaes(patch: pytest.MonkeyPatch) -> None:
+  """Puts them there until the patch is undone."""
+  for name, small in VAES.items():
+    patch.setitem(vae.VAES, name, small)
 
 
 def picture(seed: int) -> Image.Image:

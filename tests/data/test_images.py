@@ -1,8 +1,6 @@
 """Decoding and cropping: the pixels of the public tools, or a reason."""
 
 import io
-import os
-import pathlib
 
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from elit_jax.data import images, listings
 from elit_jax.data.images import Unreadable
 from elit_jax.errors import ConfigError
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 RGB = np.random.default_rng(0).integers(0, 256, (11, 17, 3), dtype=np.uint8)
 GOLDEN_NAMES = {
   "resize": "none",
@@ -22,12 +19,8 @@ GOLDEN_NAMES = {
 
 
 @pytest.fixture(scope="module")
-def photographs() -> listings.Listing:
-  default = ROOT / "../shared/data/imagenet_sample"
-  folder = pathlib.Path(os.environ.get("ELIT_PHOTOGRAPHS_DIR", default)).resolve()
-  if not folder.is_dir():
-    pytest.skip(f"no photographs in {folder}: set ELIT_PHOTOGRAPHS_DIR to their folder")
-  return listings.open_listing(folder)
+def photographs(photographs_dir) -> listings.Listing:
+  return listings.open_listing(photographs_dir)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **how: object) -> bytes:

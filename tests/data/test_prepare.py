@@ -15,19 +15,20 @@ import time
 import jax
 import numpy as np
 import pytest
-import standins
 from ml_collections import ConfigDict
 from PIL import Image
-from prepared import BROKEN, PIXELS, contents, make_config, picture, raw
+from prepared import BROKEN, PIXELS, SMALL, contents, make_config, picture, raw
 
 from elit_jax import config as config_lib
 from elit_jax import files, preemption, train
-from elit_jax.data import pipeline, prepare, shards, stored
+from elit_jax.data import images, pipeline, prepare, shard_writer, shards, stored
+from elit_jax.data.job import make_job
 from elit_jax.errors import ConfigError
+from elit_jax.models import vae
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RUN = pathlib.Path(__file__).with_name("prepare_run.py")
-pytestmark = pytest.mark.usefixtures("stand_ins")
+pytestmark = pytest.mark.usefixtures("small_vaes")
 
 
 # --- what is made ---------------------------------------------------------------------
@@ -38,13 +39,10 @@ def test_what_is_stored_is_what_the_encoder_gives(photos, reference):
   names = sorted(str(p.relative_to(photos)) for p in photos.glob("*/*"))
   kept = [name for name in names if name not in BROKEN]
   assert len(source) == len(kept) == 25
-  vae = standins.VAES["small"]
-  module = sys.modules["elit_jax.models.vae"]
-  params = module.init(vae, jax.random.key(1))
-  crop = sys.modules["elit_jax.data.images"].CROPS["center"]
+  params = vae.init(SMALL, jax.random.key(1))
   for i, name in enumerate(kept):
-    image = crop(Image.open(photos / name), 16, 16)
-    wanted = module.encode(vae, params, image[None].astype(np.float32) / 127.5 - 1)
+    image = images.center(Image.open(photos / name), 16, 16)
+    wanted = vae.encode(SMALL, params, image[None].astype(np.float32) / 127.5 - 1)
     example = source[i]
     assert example["image"].dtype == np.float16
     np.testing.assert_allclose(example["image"], wanted[0], atol=2e-3)
@@ -79,7 +77,7 @@ def test_the_manifest_says_how(photos, reference):
   assert len(manifest["source_sha256"]) == 64
   for shard in manifest["shards"]:
     path = reference / f"{shard['name']}.bin"
-    assert shards.checksum(path) == shard["sha256"]
+    assert shard_writer.checksum(path) == shard["sha256"]
     assert path.stat().st_size == shard["bytes"] == 128 * shard["count"]
   skipped = files.read_json(reference / shards.SKIPPED)["skipped"]
   assert [s["name"] for s in skipped] == list(BROKEN)
@@ -114,8 +112,7 @@ def test_pixels_and_their_mirror_images(photos, tmp_path):
   prepare.run(config, tmp_path)
   source = train.open_source(config)
   assert len(source) == 50
-  crop = sys.modules["elit_jax.data.images"].CROPS["center"]
-  image = crop(Image.open(photos / "a/01.png"), 16, 16)
+  image = images.center(Image.open(photos / "a/01.png"), 16, 16)
   np.testing.assert_array_equal(source[2]["image"], image, strict=True)
   np.testing.assert_array_equal(source[3]["image"], image[:, ::-1], strict=True)
   assert source[2]["label"] == source[3]["label"] == 0
@@ -131,7 +128,7 @@ def test_bytes_do_not_depend_on_the_process_count(photos, tmp_path, count, fmt):
   for processes in (1, count):
     folder = tmp_path / str(processes)
     folder.mkdir()
-    todo = prepare.job(make_config(photos, folder, prepare__format=fmt))
+    todo = make_job(make_config(photos, folder, prepare__format=fmt))
     prepare.begin(folder, todo)
     for process in reversed(range(processes)):
       mine = range(process, len(todo.names), processes)
@@ -314,13 +311,12 @@ def test_too_many_skipped(photos, reference, tmp_path):
 
 
 def test_moments_that_are_not_finite_are_no_examples(photos, tmp_path, monkeypatch):
-  module = sys.modules["elit_jax.models.vae"]
-  encode = module.encode
+  encode = vae.encode
 
-  def poisoned(vae, params, image):
-    return encode(vae, params, image) * np.float32(1e6)
+  def poisoned(*arguments):
+    return encode(*arguments) * np.float32(1e6)
 
-  monkeypatch.setattr(module, "encode", poisoned)
+  monkeypatch.setattr(vae, "encode", poisoned)
   with pytest.raises(ConfigError, match="moments are not finite"):
     prepare.run(make_config(photos, tmp_path, prepare__max_skipped=3), tmp_path)
 

@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import standins
-from prepared import PIXELS, contents, make_config, picture
+from prepared import PIXELS, SMALL, contents, make_config, picture
+from safetensors.numpy import save_file
 
 from elit_jax import files, train
 from elit_jax.data import prepare, shards, sources
 from elit_jax.errors import ConfigError
+from elit_jax.ports.vae import tensor_shapes
 
-pytestmark = pytest.mark.usefixtures("stand_ins")
+pytestmark = pytest.mark.usefixtures("small_vaes")
 
 
 class Case(NamedTuple):
@@ -167,9 +168,12 @@ WRITING = {
   "no weights": Case(("weights is empty", "random:0"), {"prepare__weights": ""}),
   "no such weights": Case(("nowhere.st",), {"prepare__weights": "nowhere.st"}),
   "weights of another VAE": Case(
-    ("24.bin",),
-    {"prepare__weights": "{tmp}/24.bin", "data__vae": "wide"}
+    ("small.safetensors does not fit", "misshapen", "it fits 'small'"),
+    {"prepare__weights": "{tmp}/small.safetensors", "data__vae": "wide"}
     | {"data__shape": (4, 4, 3)},
+  ),
+  "weights that are none": Case(
+    ("24.bin", "no safetensors file"), {"prepare__weights": "{tmp}/24.bin"}
   ),
   "no seed": Case(("'random:x'", "random:0"), {"prepare__weights": "random:x"}),
   "weights for pixels": Case(
@@ -198,6 +202,8 @@ def test_writing(name, photos, tmp_path):
   case = WRITING[name]
   (tmp_path / "empty").mkdir()
   (tmp_path / "24.bin").write_bytes(bytes(4 * 12))
+  tensors = {k: np.zeros(s, np.float32) for k, s in tensor_shapes(SMALL).items()}
+  save_file(tensors, tmp_path / "small.safetensors")
   leaves = {
     key: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value
     for key, value in case.leaves.items()
@@ -268,4 +274,3 @@ def test_a_mode_needs_a_folder(run_main):
 def test_the_table_is_large_enough():
   assert len(READING) + len(WRITING) + len(AGAIN) >= 50
   assert {"digits", "synthetic", "shards", "foreign"} == set(sources.SOURCES)
-  assert "small" in standins.VAES

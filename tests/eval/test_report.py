@@ -184,3 +184,14 @@ def test_incomplete_rows_are_refused_and_leave_the_old_report(tmp_path, rows):
   with pytest.raises(TypeError):
     report.write_report(tmp_path, {"rows": [], "bad": object()})
   assert path.read_text() == before
+
+
+def test_labels_fit_their_columns():
+  points = 52.0
+  labels = ["0 n01484850", "17 goldfinch, Carduelis carduelis", "3"]
+  texts, size = report.fitted(labels, points)
+  assert texts[0] == "0\nn01484850" and texts[2] == "3"
+  assert texts[1].startswith("17\ngoldfinch") and texts[1].endswith("…")
+  longest = max(len(line) for text in texts for line in text.split("\n"))
+  assert 6 <= size <= 10 and longest * size * 0.62 <= points
+  assert report.fitted(["0", "1"], points) == (["0", "1"], 10.0)
