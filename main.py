@@ -4,6 +4,7 @@
 Any leaf of the config can be overridden: --config.optim.lr=2e-4.
 """
 
+import ast
 import functools
 import inspect
 import json
@@ -139,9 +140,25 @@ def checked_flags(argv: list[str]) -> list[str]:
     sys.exit(0)  # absl would say 1
   leaves = config_leaves(argv)
   try:
-    return flags.FLAGS(argv)
+    return flags.FLAGS([as_tuple(arg, leaves) for arg in argv])
   except (flags.Error, TypeError, ValueError) as error:
     raise ConfigError(_refusal(str(error), leaves)) from None
+
+
+def as_tuple(arg: str, leaves: dict[str, Any]) -> str:
+  """An override of a tuple as Python writes it: 100%,k4 is ('100%','k4').
+
+  ml_collections sees so by itself where Python could read the text, as with k1,k4.
+  """
+  name, equals, text = arg.lstrip("-").partition("=")
+  if not equals or not isinstance(leaves.get(name), tuple):
+    return arg
+  try:
+    ast.parse(text, mode="eval")
+  except SyntaxError:
+    if "(" not in text:
+      return f"--{name}={tuple(text.split(','))!r}"
+  return arg
 
 
 def config_leaves(argv: list[str]) -> dict[str, Any]:

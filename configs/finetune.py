@@ -1,6 +1,6 @@
 """Fine-tuning on a folder of your own images, one folder a class.
 
-The argument is CLASSES[,256|512]. Four commands, the first two once:
+The argument is CLASSES[,256|512], 10 unless given. Four commands, the first two once:
   R=--config=configs/finetune.py:37
   python main.py $R --mode=prepare \\
     --config.prepare.source=my_images --config.prepare.weights=sd-vae-ft-mse.safetensors
@@ -21,7 +21,7 @@ from configs import elit_sit
 from elit_jax.errors import ConfigError
 
 
-def get_config(arg: str) -> ConfigDict:
+def get_config(arg: str = "10") -> ConfigDict:
   """An ELIT-SiT-XL/2 of few classes, its data in data/finetune_<pixels>."""
   classes, _, pixels = arg.partition(",")
   pixels = pixels or "256"

@@ -3,7 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,11 +31,17 @@ def load(name: str, weights: str, leaf: str) -> tuple[VAE, Any, str]:
   return found, init(found, jax.random.key(int(seed))), weights
 
 
-def decoder(config: Config) -> Callable[[np.ndarray], np.ndarray] | None:
-  """Samples (N, h, w, Z) of the config to pictures (N, H, W, 3), about in [-1, 1].
-
-  None where `sample.decoder` is empty. Raises ConfigError.
+class Decoder(NamedTuple):
+  """Samples (N, h, w, Z) to pictures (N, H, W, 3), about in [-1, 1]; and the identity
+  of the weights that do it.
   """
+
+  decode: Callable[[np.ndarray], np.ndarray]
+  identity: str
+
+
+def decoder(config: Config) -> Decoder | None:
+  """The decoder of a config; None where `sample.decoder` is empty, or ConfigError."""
   weights = config.sample.decoder
   if not weights:
     return None
@@ -44,6 +50,6 @@ def decoder(config: Config) -> Callable[[np.ndarray], np.ndarray] | None:
       f"config.sample.decoder is {weights!r}, and config.data.vae is empty: name the "
       "autoencoder of these latents, or leave both empty for a model of pixels"
     )
-  found, params, _ = load(config.data.vae, weights, "config.sample.decoder")
+  found, params, identity = load(config.data.vae, weights, "config.sample.decoder")
   params = jax.device_put(params)  # once, and not with every chunk
-  return functools.partial(decode_chunks, found, params, chunk=CHUNK)
+  return Decoder(functools.partial(decode_chunks, found, params, chunk=CHUNK), identity)

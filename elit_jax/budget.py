@@ -34,6 +34,7 @@ def parse_budget(
   what cannot be read, keeps nothing, or asks for more latents than there are.
   """
   text = str(text).strip()
+  text = "100%" if text == "full" else text  # as a budget without a limit is shown
   match = re.fullmatch(r"([kn]?)(\d+(?:\.\d+)?(?:[eE]-?\d+)?)(%?)", text)
   unit, number, percent = match.groups() if match else ("", "", "")
   if not match or (unit and (percent or not number.isdigit())):

@@ -6,11 +6,12 @@ images = model.sample(classes=[3, 8], budget="k1", guidance=2.0, seed=0)
 
 import dataclasses
 import json
+import operator
 import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
 from elit_jax.models import denoiser, spec
+from elit_jax.ports import files as weight_files
 from elit_jax.sampling.cost import PlanCost, plan_cost
 from elit_jax.sampling.plan import Guidance, Plan
 from elit_jax.sampling.steppers import stepper
@@ -44,9 +46,9 @@ def load(where: str | os.PathLike[str], ema: str = "", decoder: str = "") -> "Tr
   """
   folder = pathlib.Path(where).expanduser()
   if not folder.exists() and HUB_ID.fullmatch(str(where)):
-    folder = pathlib.Path(_hub().snapshot_download(str(where), allow_patterns=FILES))
+    folder = _downloaded(str(where))
   if (folder / PARAMS).is_file():
-    return _from_saved(folder, decoder)
+    return _from_saved(folder, ema, decoder)
   saved = sample.trained_config(folder)
   if saved is None:
     raise ConfigError(
@@ -57,8 +59,8 @@ def load(where: str | os.PathLike[str], ema: str = "", decoder: str = "") -> "Tr
   config = sample.as_trained(folder, config)
   step, params = sample.load_ema(folder, config, mesh)
   names = tuple(sample.class_names(folder, range(config.model.classes)))
-  decode = autoencoder.decoder(config)
-  return Trained(config, model, mesh, params, step, names, decode)
+  found = autoencoder.decoder(config)
+  return Trained(config, model, mesh, params, step, names, found)
 
 
 def _prepared(
@@ -74,9 +76,32 @@ def _prepared(
   return config, model, config_lib.make_mesh(config, model)
 
 
-def _from_saved(folder: pathlib.Path, decoder: str) -> "Trained":
+def _downloaded(repository: str) -> pathlib.Path:
+  """A hub repository on this disk."""
+  hub = _hub(f"there is no folder {repository}, and ")
+  try:
+    return pathlib.Path(hub.snapshot_download(repository, allow_patterns=FILES))
+  except Exception as error:  # noqa: BLE001  # of the network, the login, the hub
+    raise ConfigError(
+      f"there is no folder {repository}, and the hub gives none: "
+      f"{' '.join(str(error).split())[:300]}"
+    ) from None
+
+
+def _from_saved(folder: pathlib.Path, ema: str, decoder: str) -> "Trained":
   about = files.read_json(folder / CONFIG)
+  names, step = about.get("classes"), about.get("step")
+  if not (isinstance(about.get("config"), dict) and isinstance(step, int)):
+    raise ConfigError(f"{folder / CONFIG} is damaged: want a config and a step")
   config, model, mesh = _prepared(about["config"], "", decoder)
+  if not isinstance(names, list) or len(names) != config.model.classes:
+    raise ConfigError(
+      f"{folder / CONFIG} is damaged: want {config.model.classes} names of classes"
+    )
+  if ema not in ("", config.sample.ema):
+    raise ConfigError(
+      f"ema is {ema!r}, and {folder} holds the average {config.sample.ema} alone"
+    )
   target = sharding.place(mesh, denoiser.abstract_params(model))
   try:
     arrays = safetensors.numpy.load_file(folder / PARAMS)
@@ -86,18 +111,21 @@ def _from_saved(folder: pathlib.Path, decoder: str) -> "Trained":
   wrong = sorted(arrays.keys() ^ wanted.keys()) + [
     name
     for name in arrays.keys() & wanted.keys()
-    if arrays[name].shape != wanted[name].shape
+    if (arrays[name].shape, arrays[name].dtype)
+    != (wanted[name].shape, wanted[name].dtype)
+    or not np.isfinite(arrays[name]).all()
   ]
   if wrong:
     raise ConfigError(
-      f"{folder / PARAMS} does not fit its {CONFIG}: {', '.join(wrong[:5])}"
+      f"{folder / PARAMS} does not fit its {CONFIG}, or is not finite: "
+      f"{', '.join(wrong[:5])}"
     )
   leaves = [
     jax.device_put(arrays[name], leaf.sharding) for name, leaf in wanted.items()
   ]
   params = jax.tree.unflatten(jax.tree.structure(target), leaves)
-  names, decode = tuple(about["classes"]), autoencoder.decoder(config)
-  return Trained(config, model, mesh, params, about["step"], names, decode)
+  found = autoencoder.decoder(config)
+  return Trained(config, model, mesh, params, step, tuple(names), found)
 
 
 def save(model: "Trained", folder: str | os.PathLike[str], licence: str) -> None:
@@ -111,17 +139,34 @@ def save(model: "Trained", folder: str | os.PathLike[str], licence: str) -> None
     raise ConfigError(f"{path} is there already: give a new folder")
   if not licence:
     raise ConfigError("licence is empty: name it for the card, such as 'apache-2.0'")
-  files.make_folder(path)
+  model = dataclasses.replace(model, config=_public(model.config))
   arrays = {
     name: np.asarray(leaf) for name, leaf in trees.by_path(model.params).items()
   }
-  with files.atomic(path / PARAMS) as partial:
-    safetensors.numpy.save_file(arrays, partial)
   about = {"step": model.step, "classes": model.names}
   about["config"] = config_lib.to_json(model.config)
-  files.write_json(path / CONFIG, about)
-  with files.atomic(path / CARD) as partial:
-    partial.write_text(card(model, licence), encoding="utf-8")
+  text = card(model, licence)
+  files.make_folder(path.parent)
+  with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as partial:
+    made = pathlib.Path(partial) / "model"
+    made.mkdir()
+    weight_files.write(made / PARAMS, arrays)
+    files.write_json(made / CONFIG, about)
+    (made / CARD).write_text(text, encoding="utf-8")
+    if path.exists():
+      path.rmdir()  # it is empty
+    made.rename(path)
+
+
+def _public(config: Config) -> Config:
+  """The config without the paths of the machine where it was trained."""
+  replace = dataclasses.replace
+  return replace(
+    config,
+    data=replace(config.data, path=""),
+    prepare=replace(config.prepare, source="", weights=""),
+    sample=replace(config.sample, decoder=""),
+  )
 
 
 def push(model: "Trained", repository: str, licence: str, **options: Any) -> None:
@@ -139,12 +184,13 @@ def push(model: "Trained", repository: str, licence: str, **options: Any) -> Non
     api.upload_folder(repo_id=repository, folder_path=f"{folder}/model")
 
 
-def _hub() -> Any:
+def _hub(why: str = "") -> Any:
   try:
     import huggingface_hub
   except ImportError:
     raise ConfigError(
-      'the hub needs huggingface_hub: pip install "elit_jax[hub]", or give a folder'
+      f"{why}the hub needs huggingface_hub: pip install 'elit_jax[hub]', or give a "
+      "folder that is there"
     ) from None
   return huggingface_hub
 
@@ -206,7 +252,7 @@ class Trained:
   params: Any
   step: int
   names: tuple[str, ...]
-  decode: Callable[[np.ndarray], np.ndarray] | None = None
+  decoder: autoencoder.Decoder | None = None
   _programs: dict = dataclasses.field(default_factory=dict)
 
   def __repr__(self) -> str:
@@ -217,8 +263,8 @@ class Trained:
 
   @property
   def budgets(self) -> tuple[str, ...]:
-    """The budgets that the model was trained at."""
-    return tuple(map(str, config_lib.budgets(self.config, self.model)))
+    """The budgets that the model was trained at, as the config has them."""
+    return self.config.budgets
 
   def sample(
     self,
@@ -237,16 +283,19 @@ class Trained:
     a Guidance. steps, solver: those of the config unless given. ConfigError for what
     the model cannot do.
     """
-    wanted = config_lib.check_classes(list(map(int, classes)), self.config)
+    if isinstance(classes, int | str):
+      raise ConfigError(f"classes is {classes!r}: give one class for each image")
+    whole = [_whole("a class", label) for label in classes]
+    wanted = config_lib.check_classes(whole, self.config)
     if not wanted:
       raise ConfigError("classes is empty: give one class for each image")
-    if not 0 <= seed < 2**32:
+    if not 0 <= _whole("seed", seed) < 2**32:
       raise ConfigError(f"seed {seed} must lie in [0, 2**32)")
     plan = self.plan(budget, guidance, steps)
     draw = self._program(plan, solver or self.config.sample.solver, len(wanted))
     labels = np.array(wanted, np.int32)
     images = draw(self.params, seed, np.arange(len(labels)), labels)
-    images = self.decode(images) if self.decode else images
+    images = self.decoder.decode(images) if self.decoder else images
     return files.to_uint8(images) if files.is_pixels(images) else images
 
   def price(
@@ -278,8 +327,10 @@ class Trained:
     guide = guidance
     if not isinstance(guide, Guidance):
       channels = config_lib.guided_channels(self.config)
+      if isinstance(guide, bool) or not isinstance(guide, int | float):
+        raise ConfigError(f"guidance is {guide!r}: give a scale, or a Guidance")
       guide = Guidance(float(guide), channels=channels)
-    count = self.config.sample.steps if steps is None else steps
+    count = self.config.sample.steps if steps is None else _whole("steps", steps)
     if guide.scale == 1:
       return config_lib.plan(count, parsed, None)
     config_lib.check_guidance(guide, self.config)
@@ -293,3 +344,11 @@ class Trained:
       fn = sample.sample_fn(self.model, plan, solver, c.flow.path, c.data.shape)
       self._programs[key] = sample.compile_sampler(fn, self.model, count, self.mesh)
     return self._programs[key]
+
+
+def _whole(name: str, value: Any) -> int:
+  """A whole number; ConfigError for anything else."""
+  try:
+    return operator.index(value)
+  except TypeError:
+    raise ConfigError(f"{name} is {value!r}: it must be a whole number") from None

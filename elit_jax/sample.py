@@ -28,6 +28,7 @@ from elit_jax.sampling.plan import Plan
 from elit_jax.sampling.steppers import stepper
 
 Params = dict[str, Any]
+NAMED_CLASSES = 8  # in the name of a folder, at most
 SHOWN = 16  # samples of a budget in the picture, at most
 
 SampleFn = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -176,11 +177,13 @@ def as_trained(workdir: pathlib.Path, config: Config) -> Config:
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
-  """`--mode=sample`: samples/<budget>/<first index>.npz chunks; a rerun fills gaps.
+  """`--mode=sample`: samples/<name>/<first index>.npz chunks; a rerun fills gaps.
+
+  The name is that of the budget, with classes, guidance and seed where they are given.
 
   Chunks hold `arr_0` (uint8 NHWC for pictures, float32 for latents), `arr_1` the
   labels; samples/grid.png shows the first of every budget. A folder that was made with
-  other settings is refused.
+  other settings (steps, solver, ...) is refused.
   """
   distributed.check_shared(workdir)
   config = as_trained(workdir, config)
@@ -188,7 +191,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   plans = {str(p[0].budget): p for p in config_lib.plans(config, model)}
   mesh = config_lib.make_mesh(config, model)
   step, params = load_ema(workdir, config, mesh)
-  folders = {name: workdir / "samples" / files.stem(name) for name in plans}
+  folders = {name: workdir / "samples" / folder_name(config, name) for name in plans}
+  decoder = distributed.together(lambda: autoencoder.decoder(config))
   for folder in folders.values():
     distributed.open_folder(folder)
   s = config.sample
@@ -196,6 +200,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
   def claim() -> list[tuple[str, int]]:
     settings = config_lib.to_json(config) | {"step": step}
+    settings["decoder"] = decoder.identity if decoder else ""
     for folder in folders.values():
       files.claim(folder / "config.json", settings, SAMPLING_LEAVES)
     firsts = range(0, s.count, s.batch_size)
@@ -207,8 +212,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     ]
 
   missing = distributed.on_leader(claim)
+  if not missing:
+    logging.info("all %d samples are there: %s", s.count, workdir / "samples")
+    return
   wanted = {name: plans[name] for name, _ in missing}
-  decode = distributed.together(lambda: autoencoder.decoder(config))
   draw = compile_plans(config, model, wanted, mesh)
   if draw is None:
     logging.info("termination signal: leaving before the first sample")
@@ -221,20 +228,33 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     index = np.arange(first, min(first + s.batch_size, s.count))
     samples = draw[name](params, s.seed, index, labels[index])
     path = folders[name] / f"{first:06d}.npz"
-    save = functools.partial(save_chunk, path, samples, labels[index], decode)
+    save = functools.partial(save_chunk, path, samples, labels[index], decoder)
     distributed.on_leader(save)
     progress.update(done)
-  distributed.on_leader(functools.partial(show, config, model, plans, workdir))
+  distributed.on_leader(functools.partial(show, config, model, plans, folders, workdir))
+
+
+def folder_name(config: Config, budget: str) -> str:
+  """Where samples of a budget go; what a person plays with is part of the name."""
+  s, g = config.sample, config.guidance
+  parts = [budget]
+  if s.classes:
+    more = len(s.classes) - NAMED_CLASSES
+    parts += ["classes", *map(str, s.classes[:NAMED_CLASSES])]
+    parts += [f"and {more} more"] if more > 0 else []
+  parts += [f"guidance {g.scale:g}"] if g.scale != 1 else []
+  parts += [f"seed {s.seed}"] if s.seed else []
+  return files.stem(" ".join(parts))
 
 
 def save_chunk(
   path: pathlib.Path,
   samples: np.ndarray,
   labels: np.ndarray,
-  decode: Callable[[np.ndarray], np.ndarray] | None,
+  decoder: autoencoder.Decoder | None,
 ) -> None:
   """Writes samples, as pictures where there is a decoder."""
-  files.save_samples(path, decode(samples) if decode else samples, labels)
+  files.save_samples(path, decoder.decode(samples) if decoder else samples, labels)
 
 
 def compile_plans(
@@ -253,7 +273,11 @@ def compile_plans(
 
 
 def show(
-  config: Config, model: spec.Model, plans: Mapping[str, Plan], workdir: pathlib.Path
+  config: Config,
+  model: spec.Model,
+  plans: Mapping[str, Plan],
+  folders: Mapping[str, pathlib.Path],
+  workdir: pathlib.Path,
 ) -> None:
   """Draws samples/grid.png: a row a budget with its price, a column a label and seed.
 
@@ -265,7 +289,7 @@ def show(
   price = functools.partial(spec.flops, model, config.data.shape)
   rows, labels = [], np.zeros(0, np.int64)
   for name, plan in plans.items():
-    images, labels = _first(folder / files.stem(name), config.sample)
+    images, labels = _first(folders[name], config.sample)
     if not files.is_pixels(images):
       logging.info("samples of %s in %s", images.shape[1:], folder)
       return
@@ -317,12 +341,14 @@ def _whole(folder: pathlib.Path, first: int, s: config_lib.SampleConfig) -> bool
 # Settings that a folder of samples must have been made with to be added to.
 SAMPLING_LEAVES = (
   "step",
+  "data.vae",
   "model.dtype",
   "sample.batch_size",
   "sample.steps",
   "sample.solver",
   "sample.classes",
   "sample.decoder",
+  "decoder",
   "sample.ema",
   "sample.seed",
   "guidance",

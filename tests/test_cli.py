@@ -311,30 +311,46 @@ def test_classes_and_budgets_side_by_side(tiny_run, workdir):
   """Two budgets of two classes: chunks of each, and a picture of both."""
   flags = ("--config.sample.classes=3,8", "--config.sample.budgets=1.0,k1")
   tiny_run("sample", workdir, TWO, *flags, "--config.sample.count=10")
+  folders = {b: workdir / "samples" / f"{b}_classes_3_8" for b in ("k4", "k2", "k1")}
   for name in ("k4", "k1"):
-    found = chunks(workdir / "samples" / name)
+    found = chunks(folders[name])
     assert list(found) == ["000000.npz", "000008.npz"]
-    with np.load(workdir / "samples" / name / "000008.npz") as chunk:
+    with np.load(folders[name] / "000008.npz") as chunk:
       assert chunk["arr_1"].tolist() == [3, 8]
   with Image.open(workdir / "samples" / "grid.png") as picture:
     assert picture.width > 8 * picture.height / 4  # ten columns, two rows
   # Another budget comes beside those that are there.
-  before = chunks(workdir / "samples" / "k1")
+  before = chunks(folders["k1"])
   tiny_run(
     *("sample", workdir, TWO, flags[0], "--config.sample.count=10"),
     "--config.sample.budgets=k1,k2",
   )
-  assert chunks(workdir / "samples" / "k1") == before
-  assert list(chunks(workdir / "samples" / "k2")) == ["000000.npz", "000008.npz"]
+  assert chunks(folders["k1"]) == before
+  assert list(chunks(folders["k2"])) == ["000000.npz", "000008.npz"]
+
+
+def test_what_a_person_plays_with_gets_a_folder_of_its_own(tiny_run, workdir):
+  few = ("--config.sample.count=2", "--config.sample.batch_size=2")
+  for flags in (
+    (),
+    ("--config.sample.seed=5", "--config.guidance.scale=2"),
+    ("--config.sample.classes=(1,2,3,4,5,6,7,8,9,0)",),
+  ):
+    tiny_run("sample", workdir, TWO, *few, *flags)
+  assert sorted(p.name for p in (workdir / "samples").iterdir() if p.is_dir()) == [
+    "k4",
+    "k4_classes_1_2_3_4_5_6_7_8_and_2_more",
+    "k4_guidance_2_seed_5",
+  ]
 
 
 @pytest.mark.parametrize(
   ("flag", "named"),
   [
-    ("--config.sample.seed=7", "sample.seed 0, now it is 7"),
-    ("--config.sample.classes=3,1", "sample.classes [], now it is [3, 1]"),
+    ("--config.sample.solver=heun", "sample.solver 'euler', now it is 'heun'"),
+    ("--config.sample.steps=3", "sample.steps 2, now it is 3"),
     ("--config.sample.ema=0.995", "sample.ema '0.9', now it is '0.995'"),
-    ("--config.guidance.scale=2", "guidance.scale 1.0, now it is 2.0"),
+    ("--config.guidance.high=0.9", "guidance.high 1.0, now it is 0.9"),
     ("--config.sample.batch_size=16", "sample.batch_size 8, now it is 16"),
   ],
 )
@@ -347,7 +363,7 @@ def test_a_folder_of_other_samples_is_refused(run_main, workdir, flag, named):
   made["sample"]["ema"] = "0.9" if "ema" in flag else "0.995"  # the first, by its name
   settings = workdir / "samples" / "k4" / "config.json"
   settings.parent.mkdir(parents=True)
-  files.write_json(settings, made | {"step": 1})
+  files.write_json(settings, made | {"step": 1, "decoder": ""})
   before = settings.read_bytes()
   with pytest.raises(ConfigError, match="move the folder away") as error:
     run_main(*TINY, TWO, "--mode=sample", f"--workdir={workdir}", flag)

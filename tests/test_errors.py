@@ -191,6 +191,9 @@ CASES = {
   "sampled twice": Case(
     describe(DIGITS, "sample.budgets=1.0,k16"), ("sample.budgets", "twice")
   ),
+  "tuples with a percent": Case(
+    describe(DIGITS, "sample.budgets=100%,k77"), ("77", "are 16")
+  ),
   "class that is not there": Case(
     describe(DIGITS, "sample.classes=3,10"), ("class 10", "0 to 9")
   ),

@@ -1,5 +1,6 @@
 """A trained model from Python: what it draws, what it costs, what it refuses."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import types
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import elit_jax
 from elit_jax import sample
@@ -47,7 +49,8 @@ def model(workdir):
 def test_it_draws_what_the_mode_draws(model, workdir):
   for budget in ("k1", "k4"):
     images = model.sample([3, 8, 1], budget)
-    with np.load(workdir / "samples" / budget / "000000.npz") as chunk:
+    folder = workdir / "samples" / f"{budget}_classes_3_8_1"
+    with np.load(folder / "000000.npz") as chunk:
       np.testing.assert_array_equal(images, chunk["arr_0"])
   assert images.shape == (3, 8, 8, 1) and images.dtype == np.uint8
   assert repr(model).startswith("SiT-digits/2 after 1 steps, 10 classes")
@@ -88,6 +91,12 @@ def test_the_price_is_known_before(model):
     ({"classes": [1], "seed": -1}, r"seed -1 must lie in \[0, 2\*\*32\)"),
     ({"classes": [1], "solver": "rk9"}, "rk9"),
     ({"classes": [1], "steps": -2}, "at least one step"),
+    ({"classes": [1], "steps": 1.5}, "steps is 1.5: it must be a whole number"),
+    ({"classes": [3.7]}, "a class is 3.7"),
+    ({"classes": 3}, "classes is 3: give one class for each image"),
+    ({"classes": ["cat"]}, "a class is 'cat'"),
+    ({"classes": [1], "seed": 0.5}, "seed is 0.5"),
+    ({"classes": [1], "guidance": "x"}, "guidance is 'x': give a scale"),
   ],
 )
 def test_what_it_cannot_do_is_a_sentence(model, monkeypatch, arguments, words):
@@ -114,17 +123,79 @@ def test_what_is_saved_draws_the_same(model, tmp_path):
     elit_jax.save(model, tmp_path / "kept", licence="apache-2.0")
 
 
-@pytest.mark.parametrize("damage", ["cut", "another"])
+def cut(folder):
+  path = folder / "params.safetensors"
+  path.write_bytes(path.read_bytes()[:5000])
+
+
+def change_params(change):
+  def damage(folder):
+    path = folder / "params.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    name = "unembed/linear/kernel"
+    safetensors.numpy.save_file(arrays | {name: change(arrays[name])}, path)
+
+  return damage
+
+
+def change_config(change):
+  def damage(folder):
+    path = folder / "model.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+  return damage
+
+
+DAMAGE = {
+  "cut": (cut, "params.safetensors is damaged"),
+  "half precision": (change_params(lambda x: x.astype(np.float16)), "does not fit"),
+  "not finite": (change_params(lambda x: x * np.nan), "unembed/linear/kernel"),
+  "misshapen": (change_params(lambda x: x.T), "does not fit"),
+  "empty": (change_config(lambda about: {}), "want a config and a step"),
+  "names": (change_config(lambda a: a | {"classes": "abc"}), "10 names of classes"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_what_is_saved_and_damaged_is_refused(model, tmp_path, damage):
   elit_jax.save(model, tmp_path / "kept", licence="mit")
-  path = tmp_path / "kept" / "params.safetensors"
-  if damage == "cut":
-    path.write_bytes(path.read_bytes()[:5000])
-  else:
-    about = tmp_path / "kept" / "model.json"
-    about.write_text(about.read_text().replace('"classes": 10,', '"classes": 11,'))
-  with pytest.raises(ConfigError, match="is damaged" if damage == "cut" else "fit"):
+  harm, words = DAMAGE[damage]
+  harm(tmp_path / "kept")
+  with pytest.raises(ConfigError, match=words):
     elit_jax.load(tmp_path / "kept")
+
+
+def test_a_plain_model_is_saved_too_and_tells_no_paths(run_main, tmp_path):
+  run_main(
+    *("--config=configs/base.py", f"--workdir={tmp_path / 'run'}", "--mode=train"),
+    *("--config.train.steps=1", "--config.data.path=/secret"),
+  )
+  plain = elit_jax.load(tmp_path / "run")
+  assert plain.budgets == ("100%",)
+  elit_jax.save(plain, tmp_path / "kept", licence="mit")
+  assert not list(tmp_path.glob(".*"))
+  assert all(
+    "secret" not in p.read_text("latin-1") for p in (tmp_path / "kept").iterdir()
+  )
+  again = elit_jax.load(tmp_path / "kept")
+  budget = again.budgets[0]
+  images = plain.sample([1], budget, steps=1)
+  np.testing.assert_array_equal(again.sample([1], budget, steps=1), images)
+  with pytest.raises(ConfigError, match="holds the average 0.9999 alone"):
+    elit_jax.load(tmp_path / "kept", ema="0.5")
+
+
+def test_a_typo_is_no_repository(monkeypatch):
+  def snapshot_download(name, allow_patterns):
+    raise OSError("not found\nat all")
+
+  fake = types.ModuleType("huggingface_hub")
+  fake.snapshot_download = snapshot_download
+  monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+  with pytest.raises(
+    ConfigError, match="no folder runs/digist, .*not found at a"
+  ):
+    elit_jax.load("runs/digist")
 
 
 def test_to_the_hub_and_back(model, tmp_path, monkeypatch):

@@ -52,6 +52,9 @@ _GUIDED_STYLES = (
 )
 
 
+DPI = 150
+
+
 def row_caption(row: Mapping) -> str:
   """Three lines for the grid: the row's name, its latents, and what an image costs."""
   latents = row["latents_per_group"]
@@ -116,7 +119,14 @@ def grid_png(
     tile = tiles[i][j].repeat(zoom, axis=0).repeat(zoom, axis=1)
     canvas[y : y + height, x : x + width] = tile
 
-  cell, left, right, top, bottom = 0.72, 2.15, 0.15, 0.72, 0.15  # inches
+  # Inches; an image gets a pixel for each of its own, up to 256.
+  cell, left, right, top, bottom = (
+    max(0.72, min(width, 256) / DPI),
+    2.15,
+    0.15,
+    0.72,
+    0.15,
+  )
   inner_x, inner_y = canvas.shape[1] * cell / width, canvas.shape[0] * cell / width
   size_x, size_y = left + inner_x + right, top + inner_y + bottom
   figure = _figure((size_x, size_y))
@@ -428,7 +438,7 @@ def _plain(value: Any) -> Any:
 
 
 def _figure(size: tuple[float, float], layout: LayoutEngine | None = None) -> Figure:
-  figure = Figure(figsize=size, dpi=150, facecolor="white", layout=layout)
+  figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout=layout)
   FigureCanvasAgg(figure)
   return figure
 

@@ -346,8 +346,9 @@ def test_two_fill_the_samples_that_are_missing_and_leave_on_a_signal(
   workdir = tmp_path / "run"
   copy_as_of(STEPS, whole, workdir)
   arguments = (*SETTINGS, f"--workdir={workdir}", "--mode=sample")
-  samples, alone = workdir / "samples", tmp_path / "alone"
+  alone = tmp_path / "alone"
   run_main(*arguments, "--config.sample.count=40")
+  (samples,) = {path.parent for path in (workdir / "samples").glob("*/*.npz")}
   shutil.copytree(samples, alone)
   for first in (0, 32):
     (samples / f"{first:06d}.npz").unlink()
@@ -476,7 +477,7 @@ def test_a_model_that_not_all_see_is_refused(whole, tmp_path, mode, holders):
     copy_as_of(STEPS, whole, tmp_path / str(index) / "run")
   with apart(tmp_path, f"--mode={mode}") as run:
     assert_refused(run)
-  assert not list(tmp_path.glob("*/run/samples/*.npz"))
+  assert not list(tmp_path.glob("*/run/samples/**/*.npz"))
   assert not list(tmp_path.glob("*/run/report"))
 
 
