@@ -213,7 +213,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
   missing = distributed.on_leader(claim)
   if not missing:
-    logging.info("all %d samples are there: %s", s.count, workdir / "samples")
+    logging.info("all %d samples are there, in %s", s.count, workdir / "samples")
     return
   wanted = {name: plans[name] for name, _ in missing}
   draw = compile_plans(config, model, wanted, mesh)
