@@ -345,7 +345,8 @@ def _select(
   files = (n for n in seen if n != MANIFEST and not n.endswith("/"))
   left = [n for n in files if _suffix(n) not in suffixes]
   if kept and left:
-    counts = collections.Counter(_suffix(n) or "none" for n in left).most_common()
+    suffixes_left = sorted(_suffix(n) or "none" for n in left)
+    counts = collections.Counter(suffixes_left).most_common()
     logging.warning(
       "%s: %d files are passed over for their suffix: %s",
       *(path, len(left), _shortened([f"{name} ({n})" for name, n in counts])),

@@ -211,7 +211,7 @@ WRITING = {
   "no weights": Case(("weights is empty", "random:0"), {"prepare__weights": ""}),
   "no such weights": Case(("nowhere.st",), {"prepare__weights": "nowhere.st"}),
   "weights of another VAE": Case(
-    ("small.safetensors does not fit", "misshapen", "it fits 'small'"),
+    ("small.safetensors does not fit", "another shape", "it fits 'small'"),
     {"prepare__weights": "{tmp}/small.safetensors", "data__vae": "wide"}
     | {"data__shape": (4, 4, 3)},
   ),
