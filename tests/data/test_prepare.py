@@ -473,3 +473,7 @@ def test_two_processes_make_the_same(photos, reference, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert contents(folder) == contents(reference)
+  said = done.stdout + done.stderr
+  found = re.findall(r"image (\d+)/(\d+) \| .*shard (\d+)/6", said)
+  assert found and {total for _, total, _ in found} == {"27"}  # not of its own half
+  assert int(found[-1][0]) > 20 and int(found[-1][2]) >= 5
