@@ -110,6 +110,7 @@ def get_config() -> ConfigDict:
       "prepare": {
         "source": "",  # images: a folder, tar, zip, ... see elit_jax/data/listings.py
         "kind": "auto",  # of that source
+        "split": "train",  # of a TFDS dataset; no other source has any
         "crop": "center-dhariwal",  # center | center-dhariwal (ADM's) | wide | none
         "resolution": (),  # (width, height) of the crop; (): that of data.shape
         "flip": False,  # a mirrored copy of every image, too

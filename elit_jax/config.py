@@ -63,6 +63,7 @@ class DataConfig:
 class PrepareConfig:
   source: str
   kind: str
+  split: str
   crop: str
   resolution: tuple[int, ...]
   flip: bool
@@ -224,7 +225,6 @@ def check(config: Config) -> None:
   lookup(sources.SOURCES, config.data.source, "data source")
   lookup(shards.DTYPES, config.data.dtype, "config.data.dtype")
   lookup(shards.FORMATS, config.prepare.format, "config.prepare.format")
-  stored.fields(config.data.shape, config.data.vae, config.data.dtype)
   kernels = ("auto", *attention.BACKENDS)
   lookup(dict.fromkeys(kernels), config.model.attention, "config.model.attention")
   lookup(stages.REMAT, config.model.remat, "config.model.remat")
@@ -233,6 +233,7 @@ def check(config: Config) -> None:
       f"config.model.dtype is {config.model.dtype!r}: use 'float32' or 'bfloat16'"
     )
   model = build_model(config)
+  stored.fields(config.data.shape, config.data.vae, config.data.dtype)
   check_mesh(config.mesh, model)
   budgets(config, model)
   plans(config, model)

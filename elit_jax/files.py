@@ -61,16 +61,18 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     partial.unlink(missing_ok=True)
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-  """The object in a JSON file; ConfigError if there is none in it."""
+def read_json(
+  path: str | os.PathLike[str], advice: str = "mend it or move it away"
+) -> dict[str, Any]:
+  """The object in a JSON file; ConfigError, with advice, if there is none in it."""
   try:
     value = json.loads(pathlib.Path(path).read_text("utf-8"))
   except OSError as error:
     raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
   except ValueError as error:
-    raise ConfigError(f"{path} is damaged ({error}): mend it or move it away") from None
+    raise ConfigError(f"{path} is damaged ({error}): {advice}") from None
   if not isinstance(value, dict):
-    raise ConfigError(f"{path} is damaged (no object): mend it or move it away")
+    raise ConfigError(f"{path} is damaged (no object): {advice}")
   return value
 
 

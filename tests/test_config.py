@@ -42,6 +42,7 @@ def changed(config: dict, name: str, value: typing.Any) -> dict:
 
 BASE, DIGITS = plain(base.get_config()), plain(digits.get_config())
 UNWEIGHTED = changed(DIGITS, "budget_weights", ())
+LATENTS = changed(UNWEIGHTED, "data.shape", (8, 8, 4))  # as those of "sd"
 # The leaves of the experiment with all parts.
 LEAVES = list(files.flatten(DIGITS))
 
@@ -219,10 +220,10 @@ def test_infinity_survives_json():
 
 
 def test_what_changes_the_model_is_a_difference():
-  old = config_lib.to_json(config_lib.resolve(UNWEIGHTED))
+  old = config_lib.to_json(config_lib.resolve(LATENTS))
 
   def differences(leaf, value):
-    new = config_lib.to_json(config_lib.resolve(changed(UNWEIGHTED, leaf, value)))
+    new = config_lib.to_json(config_lib.resolve(changed(LATENTS, leaf, value)))
     return config_lib.model_differences(old, new)
 
   assert config_lib.model_differences(old, old) == []
@@ -258,13 +259,20 @@ def test_what_changes_the_model_is_a_difference():
 
 
 def test_runs_from_before_autoencoders_had_none():
-  old = config_lib.to_json(config_lib.resolve(UNWEIGHTED))
-  new = config_lib.to_json(config_lib.resolve(changed(UNWEIGHTED, "data.vae", "sd")))
+  old = config_lib.to_json(config_lib.resolve(LATENTS))
+  new = config_lib.to_json(config_lib.resolve(changed(LATENTS, "data.vae", "sd")))
   del old["data"]["vae"]
-  plain = config_lib.to_json(config_lib.resolve(UNWEIGHTED))
+  plain = config_lib.to_json(config_lib.resolve(LATENTS))
   assert config_lib.model_differences(old, plain) == []
   assert config_lib.model_differences(plain, old) == []
   assert config_lib.model_differences(old, new) == ["data.vae was '', is 'sd'"]
+
+
+def test_latents_have_the_channels_of_their_autoencoder():
+  wrong = changed(LATENTS, "data.vae", "flux")
+  with pytest.raises(ConfigError, match=r"'flux' have 16 channels: use \(8, 8, 16\)"):
+    config_lib.resolve(wrong)
+  config_lib.resolve(changed(wrong, "data.shape", (8, 8, 16)))
 
 
 def test_a_mechanism_more_or_less_is_a_difference():

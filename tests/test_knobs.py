@@ -47,6 +47,7 @@ GUIDED = {"guidance.scale": 2.0}
 AVERAGES = {"optim.ema": ("0.9999", "0.99"), "train.preview_every": 50}
 
 PIXELS = {"data.shape": (8, 8, 3), "data.dtype": "uint8", "prepare.crop": "center"}
+PIXELS |= {"model.classes": 1}  # the pictures have no labels
 LATENTS = PIXELS | {
   "data.shape": (2, 2, 4),
   "data.dtype": "float16",
@@ -119,6 +120,7 @@ KNOBS = {
   "eval.seed": Knob(2, "evaluation"),
   "prepare.source": Knob("others", "preparing", PIXELS),
   "prepare.kind": Knob("folder", "preparing", PIXELS),
+  "prepare.split": Knob("validation", "preparing", PIXELS),
   "prepare.crop": Knob("wide", "preparing", PIXELS),
   "prepare.resolution": Knob((8, 4), "preparing", PIXELS | {"prepare.crop": "wide"}),
   "prepare.flip": Knob(True, "preparing", PIXELS),
@@ -332,9 +334,9 @@ def preparing(config: config_lib.Config) -> Any:
   open_listing, pool = listings.open_listing, concurrent.futures.ThreadPoolExecutor
   encoder, found = job.encoder, []
 
-  def opened(path, kind):
-    found.append((path, kind))
-    return open_listing(path, kind)
+  def opened(path, kind, split):
+    found.append((path, kind, split))
+    return open_listing(path, kind, split=split)
 
   def pooled(*arguments):
     found.append(arguments[:1] if "decode" in arguments else None)

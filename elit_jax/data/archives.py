@@ -4,6 +4,7 @@ Nothing is extracted: an archive is read once for its table of contents, and eac
 by its offset, so reading is safe from any thread and what is returned can be pickled.
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
+from absl import logging
 
 from elit_jax.data.images import Unreadable
 from elit_jax.errors import ConfigError
@@ -44,7 +46,8 @@ def find_files(path: pathlib.Path, suffixes: Set[str]) -> Found:
   """The files at `path` with such suffixes (lower case), and its dataset.json, parsed.
 
   None for the latter where there is none. Hidden files and those of macOS are passed
-  over. ConfigError for what is missing, damaged or neither folder, zip nor tar.
+  over; other files, and top folders with none of such a suffix, with a warning.
+  ConfigError for what is missing, damaged or neither folder, zip nor tar.
   """
   return FINDERS[guess_container(path)](path, suffixes)
 
@@ -120,7 +123,8 @@ class LooseFiles:
 def _find_loose(path: pathlib.Path, suffixes: Set[str]) -> Found:
   if not path.is_dir():
     raise ConfigError(f"{path} is a file: a folder of images is asked for")
-  names = _select(_walk(path, "", ()), suffixes)
+  tops = [f"{p.name}/" for p in list_folder(path) if p.is_dir()]
+  names = _select(path, [*tops, *_walk(path, "", ())], suffixes)
   manifest = path / MANIFEST
   if not manifest.exists():
     return LooseFiles(path, names), None
@@ -177,7 +181,8 @@ def _find_tarred(path: pathlib.Path, suffixes: Set[str]) -> Found:
       if name in places:
         raise ConfigError(f"{tar} holds {name} twice: pack it anew")
       places[name] = number, offset, size
-  names = _select(places, suffixes)
+  tops = [f"{tar.stem}/" for tar in tars] if one_a_class else []
+  names = _select(path, [*tops, *places], suffixes)
   table = np.array([places[name] for name in names], np.int64).reshape(-1, 3)
   manifest = None
   if MANIFEST in places:
@@ -284,6 +289,7 @@ class ZipFiles:
 def _find_zipped(path: pathlib.Path, suffixes: Set[str]) -> Found:
   try:
     with zipfile.ZipFile(path) as archive:
+      tops = [_clean(m.filename) for m in archive.infolist() if m.is_dir()]
       found = [m for m in archive.infolist() if not m.is_dir()]
       members = {_clean(member.filename): member for member in found}
       data = archive.read(members[MANIFEST]) if MANIFEST in members else None
@@ -291,7 +297,7 @@ def _find_zipped(path: pathlib.Path, suffixes: Set[str]) -> Found:
     raise ConfigError(f"{path} is no zip, or damaged ({error})") from None
   if len(found) != len(members):
     raise ConfigError(f"{path} holds two files of one name: pack it anew")
-  names = _select(members, suffixes)
+  names = _select(path, [*tops, *members], suffixes)
   chosen = [members[name] for name in names]
   for member in chosen:
     if member.compress_type not in _ZIP_METHODS or member.flag_bits & 1:
@@ -327,10 +333,45 @@ def _read_at(path: pathlib.Path, offset: int, size: int) -> bytes:
   return data
 
 
-def _select(names: Iterable[str], suffixes: Set[str]) -> tuple[str, ...]:
-  """Those with such a suffix and nothing hidden in their path, sorted."""
-  kept = (n for n in names if os.path.splitext(n)[1].lower() in suffixes)
-  return tuple(sorted(n for n in kept if not any(map(_hidden, n.split("/")))))
+def _select(
+  path: pathlib.Path, names: Iterable[str], suffixes: Set[str]
+) -> tuple[str, ...]:
+  """Those with such a suffix and nothing hidden in their path, sorted.
+
+  What else is there is said; names that end in a slash are folders.
+  """
+  seen = [n for n in names if not any(map(_hidden, n.split("/")))]
+  kept = tuple(sorted(n for n in seen if _suffix(n) in suffixes))
+  files = (n for n in seen if n != MANIFEST and not n.endswith("/"))
+  left = [n for n in files if _suffix(n) not in suffixes]
+  if kept and left:
+    suffixes_left = sorted(_suffix(n) or "none" for n in left)
+    counts = collections.Counter(suffixes_left).most_common()
+    logging.warning(
+      "%s: %d files are passed over for their suffix: %s",
+      *(path, len(left), _shortened([f"{name} ({n})" for name, n in counts])),
+    )
+  lost = _tops(seen) - _tops(kept)
+  if kept and lost:
+    logging.warning(
+      "%s: %d folders hold nothing to read, and are no classes: %s",
+      *(path, len(lost), _shortened(sorted(lost))),
+    )
+  return kept
+
+
+def _suffix(name: str) -> str:
+  return os.path.splitext(name)[1].lower()
+
+
+def _tops(names: Iterable[str]) -> set[str]:
+  return {name.split("/")[0] for name in names if "/" in name}
+
+
+def _shortened(names: Sequence[str]) -> str:
+  """The first ten."""
+  more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+  return ", ".join(names[:10]) + more
 
 
 def _hidden(name: str) -> bool:

@@ -80,7 +80,8 @@ def make_job(config: Config) -> Job:
       f"config.data.shape {d.shape} wants {(height, width, 3)}: change "
       "config.prepare.resolution or config.data.shape"
     )
-  listing = listings.open_listing(p.source, p.kind)
+  listing = listings.open_listing(p.source, p.kind, split=p.split)
+  _check_classes(p.source, len(listing.classes), config.model.classes)
   logging.info(
     "phase prepare | %d images of %d classes in %s",
     *(len(listing), len(listing.classes), p.source),
@@ -114,6 +115,20 @@ def make_job(config: Config) -> Job:
   )
 
 
+def _check_classes(source: str, found: int, wanted: int) -> None:
+  """ConfigError if a model of so many classes could not train on what is found."""
+  if found > wanted:
+    raise ConfigError(
+      f"{source} holds {found} classes and config.model.classes is {wanted}: raise "
+      f"config.model.classes to {found}"
+    )
+  if not found and wanted > 1:
+    raise ConfigError(
+      f"{source} has no labels and config.model.classes is {wanted}: put the images of "
+      "each class into a folder of its own, or set config.model.classes to 1"
+    )
+
+
 def _picture(config: Config) -> tuple[int, int]:
   """(height, width) of the pictures that give samples of `data.shape`."""
   d = config.data
@@ -122,17 +137,15 @@ def _picture(config: Config) -> tuple[int, int]:
       f"config.data.shape is {d.shape}: images give (height, width, channels)"
     )
   height, width, channels = d.shape
-  factor, wanted, dtypes = 1, 3, ["uint8"]
-  if d.vae:
+  factor, dtypes = 1, ["uint8"]
+  if d.vae:  # whose channels the config has been checked for
     from elit_jax.models import vae
 
-    found = vae.vae(d.vae)
-    factor, wanted, dtypes = found.factor, found.latent_channels, ["float16", "float32"]
-  if channels != wanted:
-    what = f"latents of the VAE {d.vae!r} have" if d.vae else "pixels have"
+    factor, dtypes = vae.vae(d.vae).factor, ["float16", "float32"]
+  elif channels != 3:
     raise ConfigError(
-      f"config.data.shape is {d.shape}, and {what} {wanted} channels: use "
-      f"{(height, width, wanted)}, or another config.data.vae"
+      f"config.data.shape is {d.shape}, and pixels have 3 channels: use "
+      f"{(height, width, 3)}, or name a config.data.vae"
     )
   if d.dtype not in dtypes:
     what = f"moments of the VAE {d.vae!r}" if d.vae else "pixels"
@@ -182,7 +195,12 @@ def compile_encoder(encode: Callable, params: Any, dtype: np.dtype) -> Encode:
 
   program = jax.jit(sharding.on_mesh(mesh, moments), out_shardings=sharding.split(mesh))
 
+  compiled = set()
+
   def run(images: np.ndarray) -> jax.Array:
+    if images.shape not in compiled:  # which may take minutes
+      compiled.add(images.shape)
+      logging.info("phase compile | encoder of %d pictures %d x %d", *images.shape[:3])
     pad = sharding.round_up(len(images), mesh) - len(images)
     padded = np.pad(images, ((0, pad), (0, 0), (0, 0), (0, 0)))
     return program(params, jax.device_put(padded, sharding.split(mesh)))[: len(images)]

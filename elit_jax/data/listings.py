@@ -8,7 +8,8 @@ Files are sorted by their path as text, as the EDM2, REPA and ELIT tools do. Lab
 from the first of these that is there:
 
   * `dataset.json` at the top: {"labels": [[path, class], ...]}, or null for none;
-  * the top folder of each path: the names sorted, the first is class 0;
+  * the top folder of each path: the names sorted, the first is class 0; a folder that
+    holds no image is no class (with a warning, as for files of unknown suffix);
   * `NAME.labels.txt` beside NAME, NAME.tar or NAME.zip: one class name a line, for the
     files in order (the validation set of ILSVRC).
 
@@ -246,14 +247,20 @@ def open_listing(
   """The collection at `path`, of a kind in KINDS, or "auto" to look.
 
   `split` is for TFDS, whose `path` may also be a name, as imagenet2012:5.1.0 (below
-  $TFDS_DATA_DIR). What cannot be read, or holds no image, is a ConfigError.
+  $TFDS_DATA_DIR). What cannot be read, or holds no image, is a ConfigError, and so is
+  another split than "train" of any other kind.
   """
-  path = pathlib.Path(path)
+  path = pathlib.Path(os.path.expanduser(path))
   if kind == "auto":
     kind = _guess(path)
   opener = lookup(KINDS, kind, "kind of image collection")
   if kind != "tfds":
     archives.check_exists(path)
+    if split != "train":
+      raise ConfigError(
+        f"split {split!r} is asked for, and {path} is of kind {kind!r}: only 'tfds' "
+        "has splits, so give the path of those images and split 'train'"
+      )
   listing = opener(path, split)
   if not len(listing):
     raise ConfigError(f"{path} holds no images")

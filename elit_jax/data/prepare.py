@@ -33,15 +33,22 @@ SECONDS = 10  # between lines of progress
 
 @dataclass
 class Tally:
-  """Images that cannot be used, those of other processes included; and where time went.
+  """What is behind, that of other processes included; and where the time went.
 
-  seconds: of the thread that writes, by what it did or waited for.
+  images: of the listing, done, of which `skipped` cannot be used. shards: that are
+  there. seconds: of the thread that writes, by what it did or waited for.
   """
 
+  images: int = 0
+  shards: int = 0
   skipped: int = 0
   seconds: dict[str, float] = field(
     default_factory=functools.partial(collections.defaultdict, float)
   )
+
+  def counts(self) -> np.ndarray:
+    """All but the time."""
+    return np.array([self.images, self.shards, self.skipped])
 
   @contextlib.contextmanager
   def time(self, what: str) -> Iterator[None]:
@@ -74,7 +81,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     logging.info(
       "phase prepare | %d of %d shards are there", len(found), len(todo.names)
     )
-    tally = Tally(skipped=sum(len(r["skipped"]) for r in found.values()))
+    behind = sum(len(todo.images(i)) for i in {*range(len(todo.names))} - {*missing})
+    skipped = sum(len(record["skipped"]) for record in found.values())
+    tally = Tally(behind, len(found), skipped)
     if not make_all(folder, todo, missing, tally):
       logging.info("termination signal: leaving, run again for the rest")
       return
@@ -132,13 +141,13 @@ def make_all(
   mine = missing[index::count]
   with contextlib.closing(make(folder, todo, mine, tally)) as making:
     for done in range(-(-len(missing) // count)):
-      before = tally.skipped
+      before = tally.counts()
       shard = distributed.together(lambda: next(making, None))
       left = done < len(mine) and shard is None
       if count > 1:
-        report = np.array([left, tally.skipped - before])
-        everyone = multihost_utils.process_allgather(report)
-        left, tally.skipped = everyone[:, 0].any(), before + int(everyone[:, 1].sum())
+        report = np.array([left, *(tally.counts() - before)])
+        left, *added = multihost_utils.process_allgather(report).sum(0).tolist()
+        tally.images, tally.shards, tally.skipped = (before + added).tolist()
       if left:
         preemption.learn()
         return False
@@ -157,14 +166,13 @@ def make(
   Ends early after a termination signal. ConfigError if more than `max_skipped` images
   cannot be used, or nothing more can be written; whole shards stay.
   """
-  total = sum(len(todo.images(shard)) for shard in mine)
-  progress = Progress("prepare", total, 1, noun="image")
-  done, shown = 0, -math.inf
+  progress = Progress("prepare", len(todo.listing), 1, noun="image")
+  shown = -math.inf
   with concurrent.futures.ThreadPoolExecutor(todo.workers, "decode") as pool:
     pieces = [piece for shard in mine for piece in todo.pieces(shard)]
     stream = encoded(todo, decoded(todo, pool, pieces, tally), tally)
     try:
-      for number, shard in enumerate(mine, 1):
+      for shard in mine:
         name, fmt, dtype = todo.names[shard], todo.head["format"], todo.head["dtype"]
         with shard_writer.ShardWriter(folder, name, fmt, dtype) as writer:
           for _ in todo.pieces(shard):
@@ -175,13 +183,15 @@ def make(
               write(todo, writer, ready)
             tally.skipped += sum(map(bool, ready.reasons))
             check_skipped(folder, todo, writer, tally.skipped)
-            done += len(ready.images)
-            if done == total or time.monotonic() - shown > SECONDS:
+            tally.images += len(ready.images)
+            is_last = ready.images[-1] == todo.images(mine[-1])[-1]
+            if is_last or time.monotonic() - shown > SECONDS:
               shown = time.monotonic()
-              notes = [f"shard {number}/{len(mine)}", f"{tally.skipped} skipped"]
-              progress.update(done, notes=notes)
+              at = f"shard {tally.shards + 1}/{len(todo.names)}"
+              progress.update(tally.images, notes=[at, f"{tally.skipped} skipped"])
           with tally.time("write"):
             writer.finish()
+        tally.shards += 1
         yield shard
     except _Leave:
       return
@@ -292,8 +302,7 @@ def check_skipped(
   """Raises ConfigError if too many images cannot be used, and lists them."""
   if count <= todo.max_skipped:
     return
-  if distributed.is_leader():
-    shard_writer.write_skipped(folder, [*known_skips(folder, todo), *writer.skipped])
+  shard_writer.write_skipped(folder, [*known_skips(folder, todo), *writer.skipped])
   last = writer.skipped[-1] if writer.skipped else {"name": "?", "reason": "?"}
   raise ConfigError(
     f"{count} images cannot be used, which is more than config.prepare.max_skipped "
@@ -304,10 +313,8 @@ def check_skipped(
 
 def known_skips(folder: pathlib.Path, todo: Job) -> list[dict[str, str]]:
   """The images that whole shards have left out."""
-  paths = [folder / f"{name}.json" for name in todo.names]
-  return [
-    s for path in paths if path.exists() for s in files.read_json(path)["skipped"]
-  ]
+  records = [shard_writer.read_record(folder, name) for name in todo.names]
+  return [skip for record in records if record for skip in record["skipped"]]
 
 
 def finish(folder: pathlib.Path, todo: Job) -> None:

@@ -188,7 +188,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def open_array_records(path: pathlib.Path, split: str) -> RecordListing:
-  """A file of ArrayRecords, or a folder of such; `split` is not looked at.
+  """A file of ArrayRecords, or a folder of such; it has no splits.
 
   A record is a tf.train.Example, as TFDS writes them, with the encoded `image` and
   perhaps an int `label`; or an encoded image and nothing else. Labels need their names:

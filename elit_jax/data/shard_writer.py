@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -122,20 +123,45 @@ def checksum(path: pathlib.Path) -> str:
 
 def find(folder: pathlib.Path, name: str, fmt: str) -> dict[str, Any] | None:
   """The record of a shard that is whole, by its checksums; otherwise None."""
-  path = folder / f"{name}.json"
-  if not path.exists():
+  record = read_record(folder, name)
+  if record is None:
     return None
+  array = folder / f"{name}{FORMATS[fmt].suffix}"
+  labels = folder / f"{name}.labels.npy"
   try:
-    record = files.read_json(path)
-    array = folder / f"{name}{FORMATS[fmt].suffix}"
-    labels = folder / f"{name}.labels.npy"
-    whole = (checksum(array), checksum(labels)) == (
-      record.get("sha256"),
-      record.get("labels_sha256"),
-    )
-  except (ConfigError, OSError):
+    found = {
+      "name": name,
+      "bytes": array.stat().st_size,
+      "sha256": checksum(array),
+      "labels_sha256": checksum(labels),
+      "count": len(np.load(labels)),
+    }
+  except (OSError, EOFError, ValueError):
     return None
-  return record if whole else None
+  return record if record.items() >= found.items() else None
+
+
+RECORD_FIELDS: Mapping[str, type] = {
+  "name": str,
+  "count": int,
+  "bytes": int,
+  "sha256": str,
+  "labels_sha256": str,
+  "skipped": list,
+}
+
+
+def read_record(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
+  """The record of a shard if it has all its fields; it may lie of them. Else None."""
+  try:
+    record = files.read_json(folder / f"{name}.json")
+  except ConfigError:
+    return None
+  if any(not isinstance(record.get(key), kind) for key, kind in RECORD_FIELDS.items()):
+    return None
+  skips = record["skipped"]
+  is_whole = all(isinstance(s, dict) and {*s} == {"name", "reason"} for s in skips)
+  return record if is_whole else None
 
 
 def find_all(
@@ -170,5 +196,7 @@ def write_manifest(
 
 
 def write_skipped(folder: pathlib.Path, skipped: Sequence[Mapping[str, str]]) -> None:
-  """Writes which images gave no example, and why."""
-  files.write_json(folder / SKIPPED, {"skipped": list(skipped)})
+  """Writes which images gave no example, and why; several processes may, at once."""
+  own = folder / f".{uuid.uuid4().hex}.partial.json"
+  files.write_json(own, {"skipped": list(skipped)})
+  os.replace(own, folder / SKIPPED)

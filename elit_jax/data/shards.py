@@ -7,6 +7,7 @@ and once all of them are there `manifest.json`. Only a folder with a manifest is
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import resource
@@ -296,7 +297,8 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
       + ("its preparation is not finished" if unfinished else "no shards are there")
       + ", run --mode=prepare"
     )
-  manifest = files.read_json(path)
+  advice = "run --mode=prepare again, which writes it anew"
+  manifest = files.read_json(path, advice)
   _check_fields(manifest, FIELDS, path)
   if manifest["version"] != VERSION:
     raise ConfigError(
@@ -312,6 +314,24 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   for shard in manifest["shards"]:
     _check_fields(shard, SHARD_FIELDS, path)
   return manifest
+
+
+# What a model cannot see of its examples, and yet learns to rely on.
+ALIKE = ("weights", "input_range", "resolution", "crop")
+
+
+def check_alike(folder: pathlib.Path, other: pathlib.Path) -> None:
+  """ConfigError that names the first thing that two folders do not have in common."""
+  here, there = read_manifest(folder), read_manifest(other)
+  pairs = [(name, here.get(name), there.get(name)) for name in ALIKE]
+  names = itertools.zip_longest(here["classes"], there["classes"])
+  pairs += [(f"classes[{i}]", *pair) for i, pair in enumerate(names)]
+  for name, mine, wanted in pairs:
+    if mine != wanted:
+      raise ConfigError(
+        f"{folder / MANIFEST} has {name} {mine!r} where {other / MANIFEST} has "
+        f"{wanted!r}: prepare both alike"
+      )
 
 
 def _check_fields(

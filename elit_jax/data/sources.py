@@ -155,9 +155,16 @@ class Wanted:
 
 
 def prepared(wanted: Wanted) -> shards.ShardSource:
-  """What --mode=prepare made; ConfigError naming what does not fit `wanted`."""
+  """What --mode=prepare made; ConfigError naming what does not fit `wanted`.
+
+  Held-out examples must be made as those of the train folder, where that is there.
+  """
   fields = stored.fields(wanted.shape, wanted.vae, wanted.dtype)
-  return shards.open_shards(_folder(wanted), fields, wanted.classes)
+  folder = _folder(wanted)
+  source = shards.open_shards(folder, fields, wanted.classes)
+  if wanted.split == "held_out" and (folder.parent / shards.MANIFEST).exists():
+    shards.check_alike(folder, folder.parent)
+  return source
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)

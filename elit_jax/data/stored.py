@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from elit_jax.errors import ConfigError
+
 # Not the position of an example: those key its time, noise and label.
 _POSTERIOR = 2**32 - 1
 
@@ -25,13 +27,20 @@ def stored_shape(shape: Sequence[int], vae: str) -> tuple[int, ...]:
 def fields(shape: Sequence[int], vae: str, dtype: str) -> dict[str, Any]:
   """What decides, of a manifest, what its arrays mean to a model.
 
-  ConfigError for an unknown autoencoder.
+  ConfigError for an unknown autoencoder, and for a shape that its latents never have.
   """
   scale, shift = 1.0, 0.0
   if vae:
     from elit_jax.models import vae as vaes  # runs on pixels need none
 
-    scale, shift = vaes.vae(vae).scale, vaes.vae(vae).shift
+    found = vaes.vae(vae)
+    if shape[-1] != found.latent_channels:
+      wanted = (*shape[:-1], found.latent_channels)
+      raise ConfigError(
+        f"config.data.shape is {tuple(shape)}, and latents of the VAE {vae!r} have "
+        f"{found.latent_channels} channels: use {wanted}, or another config.data.vae"
+      )
+    scale, shift = found.scale, found.shift
   return {
     "content": "moments" if vae else "pixels",
     "vae": vae,

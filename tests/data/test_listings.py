@@ -155,6 +155,12 @@ def test_the_order_does_not_depend_on_the_folder(tmp_path, monkeypatch):
   assert facts(listings.open_listing(root)) == expected
 
 
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  root = folder(tmp_path / "x", TREE)
+  assert facts(listings.open_listing("~/x")) == facts(listings.open_listing(root))
+
+
 def test_links_to_folders_are_followed(tmp_path):
   real = folder(tmp_path / "real", TREE)
   linked = tmp_path / "linked"
@@ -237,6 +243,38 @@ def test_one_class_is_allowed_with_a_warning(manifest, tmp_path, monkeypatch):
   one = listings.open_listing(folder(tmp_path / "one", {"a/1.png": b""} | manifest))
   assert one.classes[one.label(0)] in ("a", "2")
   assert len(said) == 1 and "one class" in said[0] and "one" in said[0]
+
+
+LEFT = {"a/3.heic": b"", "d/1.avif": b"", "d/2.avif": b"", "e/readme": b""}
+
+
+@pytest.mark.parametrize("maker", [*MAKERS, "tars"])
+def test_what_is_passed_over_is_counted(maker, tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+  makers = MAKERS | {"tars": lambda tmp, tree: folder(tmp / "x", ilsvrc(tree))}
+  (tmp_path / "plain").mkdir()
+  listings.open_listing(makers[maker](tmp_path / "plain", TREE))
+  assert not said
+  path = makers[maker](tmp_path, TREE | LEFT)
+  if maker == "folder":
+    (path / "f").mkdir()
+    (path / ".g").mkdir()
+  listing = listings.open_listing(path)
+  assert listing.classes == ("a", "a-b", "c")  # no label for what holds no image
+  files, folders = said
+  assert "4 files" in files and ".avif (2), .heic (1), none (1)" in files
+  lost = "3 folders", "d, e, f"
+  for part in lost if maker == "folder" else ("2 folders", "d, e"):
+    assert part in folders
+
+
+def test_an_empty_tar_or_zipped_folder_is_no_class(tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+  listings.open_listing(folder(tmp_path / "x", ilsvrc(TREE) | {"b.tar": tar_of({})}))
+  listings.open_listing(written(tmp_path / "x.zip", zip_of(TREE | {"b/": b""})))
+  assert len(said) == 2 and all("1 folders" in text and ": b" in text for text in said)
 
 
 # --- wrong input ----------------------------------------------------------------------

@@ -15,12 +15,13 @@ import time
 import jax
 import numpy as np
 import pytest
+from absl import logging
 from ml_collections import ConfigDict
 from PIL import Image
 from prepared import BROKEN, PIXELS, SMALL, contents, make_config, picture, raw
 
 from elit_jax import config as config_lib
-from elit_jax import files, preemption, train
+from elit_jax import distributed, files, preemption, train
 from elit_jax.data import images, pipeline, prepare, shard_writer, shards, stored
 from elit_jax.data.job import make_job
 from elit_jax.errors import ConfigError
@@ -173,7 +174,32 @@ def test_again_changes_nothing(photos, reference, tmp_path, monkeypatch):
   assert {p.name: p.stat().st_mtime_ns for p in folder.glob("*.bin")} == before
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "labels", "record"])
+DAMAGE = ("truncate", "flip", "remove", "labels", "record")
+
+
+def test_progress_counts_what_was_there(photos, reference, tmp_path, monkeypatch):
+  import shutil
+
+  folder, said = tmp_path / "shards", []
+  shutil.copytree(reference, folder)
+  monkeypatch.setattr(logging, "info", lambda text, *args: said.append(text % args))
+  speaks = functools.partial(prepare.Progress, emit=said.append)
+  monkeypatch.setattr(prepare, "Progress", speaks)
+  for shard in (2, 5):  # five images and two, of 27
+    (folder / f"0000{shard}-of-00006.json").unlink()
+  prepare.run(make_config(photos, folder), tmp_path)
+  told = [line for line in said if "| image " in line]
+  assert told[0].startswith("phase prepare | image 22/27")
+  assert "shard 5/6" in told[0] and "0 skipped" in told[0]
+  assert told[-1].startswith("phase prepare | image 27/27")
+  assert "shard 6/6" in told[-1] and "2 skipped" in told[-1]
+  compiling = [
+    i for i, line in enumerate(said) if "phase compile | encoder of 2" in line
+  ]
+  assert len(compiling) == 1 and compiling[0] < said.index(told[0])
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "skipped", "skips", "count", "name"])
 def test_damage_is_mended(photos, reference, tmp_path, damage):
   import shutil
 
@@ -183,7 +209,17 @@ def test_damage_is_mended(photos, reference, tmp_path, damage):
   array, labels = name.with_suffix(".bin"), folder / f"{name.name}.labels.npy"
   data = bytearray(array.read_bytes())
   data[7] ^= 1
+  record = files.read_json(name.with_suffix(".json"))
+
+  def edit(**fields):
+    kept = {k: v for k, v in (record | fields).items() if v is not None}
+    name.with_suffix(".json").write_text(json.dumps(kept))
+
   {
+    "skipped": lambda: edit(skipped=None),
+    "skips": lambda: edit(skipped=["c/08.png"]),
+    "count": lambda: edit(count=7),
+    "name": lambda: edit(name="00002-of-00006"),
     "truncate": lambda: os.truncate(array, 100),
     "flip": lambda: array.write_bytes(data),
     "remove": array.unlink,
@@ -310,6 +346,18 @@ def test_too_many_skipped(photos, reference, tmp_path):
   assert contents(folder) == contents(reference)
 
 
+def test_whoever_skips_too_many_lists_them(photos, tmp_path, monkeypatch):
+  todo = make_job(make_config(photos, tmp_path, prepare__max_skipped=1))
+  prepare.begin(tmp_path, todo)
+  monkeypatch.setattr(distributed, "is_leader", lambda: False)
+  (tmp_path / f"{todo.names[0]}.json").write_text("{")  # to be made anew
+  with pytest.raises(ConfigError, match=r"all are in .*skipped\.json"):
+    list(prepare.make(tmp_path, todo, range(1, 6), prepare.Tally()))
+  skipped = files.read_json(tmp_path / shards.SKIPPED)["skipped"]
+  assert [s["name"] for s in skipped] == list(BROKEN)
+  assert not list(tmp_path.glob(".*partial*"))
+
+
 def test_moments_that_are_not_finite_are_no_examples(photos, tmp_path, monkeypatch):
   encode = vae.encode
 
@@ -425,3 +473,7 @@ def test_two_processes_make_the_same(photos, reference, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert contents(folder) == contents(reference)
+  said = done.stdout + done.stderr
+  found = re.findall(r"image (\d+)/(\d+) \| .*shard (\d+)/6", said)
+  assert found and {total for _, total, _ in found} == {"27"}  # not of its own half
+  assert int(found[-1][0]) > 20 and int(found[-1][2]) >= 5

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from prepared import PIXELS, SMALL, contents, make_config, picture
@@ -18,7 +19,9 @@ from safetensors.numpy import save_file
 from elit_jax import files, train
 from elit_jax.data import prepare, shards, sources
 from elit_jax.errors import ConfigError
-from elit_jax.ports.vae import tensor_shapes
+from elit_jax.models.vae import abstract_params
+from elit_jax.ports import tables
+from elit_jax.ports import vae as port
 
 pytestmark = pytest.mark.usefixtures("small_vaes")
 
@@ -64,7 +67,7 @@ READING = {
     damage=lambda folder: (folder / shards.MANIFEST).unlink(),
   ),
   "not JSON": Case(
-    ("manifest.json is damaged",),
+    ("manifest.json is damaged", "--mode=prepare again, which writes it anew"),
     damage=lambda folder: os.truncate(folder / shards.MANIFEST, 50),
   ),
   "a field is gone": Case(("its dtype is None",), damage=edited("dtype", None)),
@@ -158,22 +161,62 @@ def test_splits(photos, reference):
       train.open_source(config, split)
 
 
+UNLIKE = {
+  "weights": ("random:1", "random:2"),
+  "input_range": ([-1, 1], [0, 1]),
+  "resolution": ([16, 16], [16, 12]),
+  "crop": ("center", "wide"),
+  "classes[1]": (["a", "b", "c"], ["a", "B", "c"]),
+  "classes[2]": (["a", "b", "c"], ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("field", UNLIKE)
+def test_held_out_examples_are_made_like_the_others(field, photos, reference, tmp_path):
+  folder = tmp_path / "shards"
+  for part in (folder, folder / "held_out"):
+    shutil.copytree(reference, part)
+  config = make_config(photos, folder)
+  assert len(train.open_source(config, "held_out")) == 25
+  was, other = UNLIKE[field]
+  edited(field.split("[")[0], other)(folder)  # the labels of which nobody reads here
+  with pytest.raises(ConfigError) as error:
+    train.open_source(config, "held_out")
+  parts = zip(was, other, strict=False) if "[" in field else [(was, other)]
+  unlike = [f"{a!r}" for a, b in parts if a != b]
+  one_sentence(error, (f"held_out/manifest.json has {field}", *unlike, "alike"))
+  (folder / shards.MANIFEST).unlink()  # held-out examples alone
+  assert len(train.open_source(config, "held_out")) == 25
+
+
 WRITING = {
   "no source": Case(("config.prepare.source is empty",), {"prepare__source": ""}),
   "no such source": Case(("nowhere",), {"prepare__source": "nowhere"}),
   "empty source": Case(("empty", "no images"), {"prepare__source": "{tmp}/empty"}),
   "unknown kind": Case(("'foldr'", "'folder'"), {"prepare__kind": "foldr"}),
+  "a split of a folder": Case(
+    ("split 'validation'", "kind 'folder'", "only 'tfds'"),
+    {"prepare__split": "validation"},
+  ),
+  "more classes than the model": Case(
+    ("photos", "3 classes", "config.model.classes is 2", "to 3"),
+    {"model__classes": 2},
+  ),
+  "no labels": Case(
+    ("flat has no labels", "config.model.classes is 3"),
+    {"prepare__source": "{tmp}/flat", "prepare__weights": "not looked at"},
+  ),
   "unknown crop": Case(("'centre'", "'center'"), {"prepare__crop": "centre"}),
   "unknown format": Case(("'row'", "'raw'"), {"prepare__format": "row"}),
   "no weights": Case(("weights is empty", "random:0"), {"prepare__weights": ""}),
   "no such weights": Case(("nowhere.st",), {"prepare__weights": "nowhere.st"}),
   "weights of another VAE": Case(
-    ("small.safetensors does not fit", "misshapen", "it fits 'small'"),
+    ("small.safetensors does not fit", "another shape", "it fits 'small'"),
     {"prepare__weights": "{tmp}/small.safetensors", "data__vae": "wide"}
     | {"data__shape": (4, 4, 3)},
   ),
   "weights that are none": Case(
-    ("24.bin", "no safetensors file"), {"prepare__weights": "{tmp}/24.bin"}
+    ("24.bin", "'.bin'", ".safetensors"), {"prepare__weights": "{tmp}/24.bin"}
   ),
   "no seed": Case(("'random:x'", "random:0"), {"prepare__weights": "random:x"}),
   "weights for pixels": Case(
@@ -197,13 +240,20 @@ WRITING = {
 }
 
 
+SMALL_TENSORS = tables.export_tensors(
+  port.table(SMALL),
+  jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(SMALL)),
+)
+
+
 @pytest.mark.parametrize("name", WRITING)
 def test_writing(name, photos, tmp_path):
   case = WRITING[name]
   (tmp_path / "empty").mkdir()
+  (tmp_path / "flat").mkdir()
+  picture(0).save(tmp_path / "flat" / "0.png")
   (tmp_path / "24.bin").write_bytes(bytes(4 * 12))
-  tensors = {k: np.zeros(s, np.float32) for k, s in tensor_shapes(SMALL).items()}
-  save_file(tensors, tmp_path / "small.safetensors")
+  save_file(SMALL_TENSORS, tmp_path / "small.safetensors")
   leaves = {
     key: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value
     for key, value in case.leaves.items()

@@ -14,9 +14,11 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image
+from prepared import PIXELS, make_config
 from tensorflow_datasets.proto import tf_example_pb2
 
-from elit_jax.data import images, listings
+from elit_jax import files
+from elit_jax.data import images, listings, prepare, shards
 from elit_jax.data.images import Unreadable
 from elit_jax.errors import ConfigError
 
@@ -211,6 +213,18 @@ def test_wrong_datasets_are_refused_in_a_sentence(pets, tmp_path):
     with pytest.raises(ConfigError, match=holds) as caught:
       listings.open_listing(path, "tfds", split=split)
     assert "\n" not in str(caught.value)
+
+
+def test_a_validation_split_is_prepared(pets, tmp_path):
+  made = {}
+  for split in ("train", "validation[:3]"):
+    folder = tmp_path / split
+    prepare.run(make_config(pets, folder, prepare__split=split, **PIXELS), folder)
+    made[split] = files.read_json(folder / shards.MANIFEST)
+  whole, part = made.values()
+  assert (whole["images"], part["images"]) == (7, 3)
+  assert whole["classes"] == part["classes"] == ["cat", "dog", "eel"]
+  assert whole["source_sha256"] != part["source_sha256"]
 
 
 # --- ArrayRecord ----------------------------------------------------------------------
