@@ -20,7 +20,7 @@ from absl import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from elit_jax import files
+from elit_jax import files, trees
 from elit_jax.errors import ConfigError
 
 Tensors = dict[str, np.ndarray]
@@ -204,9 +204,16 @@ def _read_torch(path: pathlib.Path) -> Tensors:
   if others := sorted(
     str(name) for name, value in tensors.items() if not torch.is_tensor(value)
   ):
+    tables = [
+      str(name)
+      for name, value in tensors.items()
+      if isinstance(value, Mapping) and any(map(torch.is_tensor, value.values()))
+    ]
+    hint = f": its tensors stand under {tables[0]!r}, save that alone" if tables else ""
+    names = trees.shortened([repr(name) for name in others], ", ")
     raise ConfigError(
-      f"{path} holds {others[0]!r}, which is no tensor: want a table of tensors, "
-      f"flat or under {' or '.join(map(repr, HOLDERS))}"
+      f"{path} holds {names}, which {'are' if len(others) > 1 else 'is'} no tensor; "
+      f"want a table of tensors, flat or under {' or '.join(map(repr, HOLDERS))}{hint}"
     )
   return {str(name): _to_numpy(path, name, value) for name, value in tensors.items()}
 
