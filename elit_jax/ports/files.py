@@ -11,7 +11,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -209,13 +209,21 @@ def _read_torch(path: pathlib.Path) -> Tensors:
       for name, value in tensors.items()
       if isinstance(value, Mapping) and any(map(torch.is_tensor, value.values()))
     ]
-    hint = f": its tensors stand under {tables[0]!r}, save that alone" if tables else ""
-    names = trees.shortened([repr(name) for name in others], ", ")
-    raise ConfigError(
-      f"{path} holds {names}, which {'are' if len(others) > 1 else 'is'} no tensor; "
-      f"want a table of tensors, flat or under {' or '.join(map(repr, HOLDERS))}{hint}"
-    )
+    raise _no_tensors(path, others, tables)
   return {str(name): _to_numpy(path, name, value) for name, value in tensors.items()}
+
+
+def _no_tensors(
+  path: pathlib.Path, others: Sequence[str], tables: Sequence[str]
+) -> ConfigError:
+  """What else a file holds, and which of its entries are tables of tensors."""
+  names = trees.shortened([repr(name) for name in others], ", ")
+  what = "are no tensors" if len(others) > 1 else "is no tensor"
+  hint = f": its tensors stand under {tables[0]!r}, save that alone" if tables else ""
+  return ConfigError(
+    f"{path} holds {names}, which {what}; want a table of tensors, flat or under "
+    f"{' or '.join(map(repr, HOLDERS))}{hint}"
+  )
 
 
 def _refusal(path: pathlib.Path, error: Exception) -> ConfigError:
