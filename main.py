@@ -52,6 +52,16 @@ GRAFT = flags.DEFINE_bool("graft", False, "import: take what fits of another net
 TARGET = flags.DEFINE_string("target", None, "export: a new .safetensors or .pt file.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, float16 or bfloat16.")
 
+# The flags that only some modes read, and these modes.
+MODES_OF = {
+  "json": ("describe",),
+  "budgets": ("describe",),
+  "source": ("import",),
+  "graft": ("import",),
+  "target": ("export",),
+  "dtype": ("export",),
+}
+
 
 def main(argv: list[str]) -> None:
   """Dispatches on --mode."""
@@ -61,6 +71,12 @@ def main(argv: list[str]) -> None:
     raise ConfigError(
       f"unknown mode {MODE.value!r}: did you mean {nearest(MODE.value, MODES)}?"
     )
+  for name, modes in MODES_OF.items():
+    if flags.FLAGS[name].present and MODE.value not in modes:
+      raise ConfigError(
+        f"--{name} is a flag of --mode={' and '.join(modes)}, and does nothing in "
+        f"--mode={MODE.value}: leave it out"
+      )
   if CONFIG.value is None:
     raise ConfigError("--config is missing: for example --config=configs/digits.py")
   config = config_lib.resolve(CONFIG.value)

@@ -42,7 +42,8 @@ DTYPES: dict[str, Any] = {
 class Source:
   """Weights from elsewhere, and the network that they are of.
 
-  params: on the host, in the spans of `model`. grid: its tokens along each axis.
+  params: on the host, in the spans of `model`. grid: its tokens along each axis. vae:
+  the autoencoder of its samples as `data.vae` has it, None where that does not show.
   """
 
   name: str
@@ -50,6 +51,7 @@ class Source:
   params: Params
   grid: spec.Grid
   projectors: Mapping[str, np.ndarray]
+  vae: str | None = None
 
 
 def run_import(
@@ -105,8 +107,7 @@ def run_export(
   step, params = sample.load_ema(workdir, config, sharding.make_mesh(config.mesh))
   grid = spec.grid_of(model, config.data.shape)
   tensors = sit.to_tensors(model, grid, jax.tree.map(np.asarray, params))
-  if (workdir / PROJECTORS).exists():
-    projectors = weight_files.read(workdir / PROJECTORS)
+  if projectors := _kept_projectors(workdir, model):
     logging.info("%d tensors of projectors as they were imported", len(projectors))
     tensors |= {name: np.asarray(tensor) for name, tensor in projectors.items()}
   weight_files.write(path, rounded(tensors, kind))
@@ -119,9 +120,7 @@ def rounded(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarr
   with np.errstate(over="ignore"):
     out = {n: tensor.astype(dtype, copy=False) for n, tensor in tensors.items()}
   if broken := [n for n, t in out.items() if not np.isfinite(t).all()]:
-    raise ConfigError(
-      f"not finite in {np.dtype(dtype)}: {', '.join(trees.grouped(broken))}"
-    )
+    raise ConfigError(f"not finite in {np.dtype(dtype)}: {trees.listed(broken)}")
   return out
 
 
@@ -143,7 +142,7 @@ def _alone(mode: str) -> None:
 
 
 def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
-  """(the network's tensors, its projectors'); ConfigError for broken projectors."""
+  """(the network's tensors, its projectors'); ConfigError if these are not finite."""
   projectors = {n: t for n, t in tensors.items() if sit.PROJECTOR.fullmatch(n)}
   rounded(projectors, np.float32)
   return {n: t for n, t in tensors.items() if n not in projectors}, projectors
@@ -164,6 +163,7 @@ def _read_whole(
   grid = spec.grid_of(model, config.data.shape)
   try:
     rest, projectors = _split(tensors)
+    sit.check_projectors(model, projectors)
     params = sit.from_tensors(model, grid, rest, place)
   except ConfigError as error:
     raise ConfigError(f"{path} does not fit: {_hint(rest, model)}{error}") from None
@@ -208,6 +208,11 @@ def _read_part(
   params, notes = surgery.graft(
     source.params, source.model, model, fresh, same_grid=source.grid == grid
   )
+  vae = config.data.vae
+  if source.vae not in (None, vae):
+    notes.append(f"the samples: data.vae is {source.vae!r} there and {vae!r} here")
+    if partly:
+      logging.warning("%s | %s: it must unlearn", path, notes[-1])
   if notes and not partly:
     raise ConfigError(
       f"{path} does not fit: {'; '.join(notes)} (--graft takes what fits)"
@@ -246,9 +251,8 @@ def _of_file(path: pathlib.Path, like: Model, config: Config) -> Source:
   try:
     rest, projectors = _split(tensors)
     model = sit.model_of(rest, like)
+    sit.check_projectors(model, projectors)
     grid = sit.grid_of(rest, spec.grid_of(like, config.data.shape))
-    if grid is None:
-      raise ConfigError(f"its {sit.POSITION_TABLE!r} is of no square grid of tokens")
     params = sit.from_tensors(model, grid, rest)
   except ConfigError as error:
     raise ConfigError(f"{path} cannot be used: {error}") from None
@@ -267,9 +271,24 @@ def _of_run(workdir: pathlib.Path) -> Source:
   step, params = sample.load_ema(workdir, config, mesh)
   logging.info("%s | average %s of step %d", workdir, config.sample.ema, step)
   grid = spec.grid_of(model, config.data.shape)
-  kept = workdir / PROJECTORS
-  projectors = weight_files.read(kept) if kept.exists() else {}
-  return Source(workdir.name, model, jax.device_get(params), grid, projectors)
+  projectors = _kept_projectors(workdir, model)
+  host = jax.device_get(params)
+  return Source(workdir.name, model, host, grid, projectors, config.data.vae)
+
+
+def _kept_projectors(workdir: pathlib.Path, model: Model) -> Tensors:
+  """Those that an import has left beside a run; ConfigError if they are not whole."""
+  path = workdir / PROJECTORS
+  if not path.exists():
+    return {}
+  try:
+    rest, projectors = _split(weight_files.read(path))
+    if rest:
+      raise ConfigError(f"it holds tensors of no projector: {trees.listed(rest)}")
+    sit.check_projectors(model, projectors)
+  except ConfigError as error:
+    raise ConfigError(f"{path} cannot be used: {error}") from None
+  return projectors
 
 
 # --- writing --------------------------------------------------------------------------

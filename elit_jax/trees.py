@@ -1,7 +1,7 @@
 """Leaves of nested parameters by their path."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,21 @@ def grouped(names: Iterable[str]) -> list[str]:
     numbers = tuple(int(word) for word in words if _is_number(word))
     groups.setdefault(pattern, []).append(numbers)
   return [line for group in groups.items() for line in _lines(*group)]
+
+
+LISTED = 10  # groups that a sentence can name
+
+
+def listed(names: Iterable[str]) -> str:
+  """The groups of names for a sentence: "a, b.{0,1} (2)"; of many the first."""
+  return shortened(grouped(names), ", ")
+
+
+def shortened(parts: Sequence[str], between: str) -> str:
+  """The first `LISTED` of the parts, and how many more there are."""
+  more = len(parts) - LISTED
+  text = between.join(parts[:LISTED])
+  return f"{text} and {more} more" if more > 0 else text
 
 
 _NUMBER = "."  # stands for one in a pattern: no word of a name is a dot

@@ -128,6 +128,19 @@ def imported(run_main, tmp_path_factory) -> pathlib.Path:
   return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def latent(run_main, tmp_path_factory) -> pathlib.Path:
+  """A workdir with a network of an autoencoder's latents; not to be written to."""
+  folder = tmp_path_factory.mktemp("latent")
+  model = presets.preset("SiT-tiny/2", channels=4, classes=10)
+  files.write(folder / "x.safetensors", random_tensors(model))
+  run_main(
+    *(*LATENT, "--mode=import", f"--workdir={folder / 'run'}"),
+    f"--source={folder / 'x.safetensors'}",
+  )
+  return folder / "run"
+
+
 def state_of(workdir: pathlib.Path, raw) -> tuple[int, dict, dict]:
   config = config_lib.resolve(raw)
   model = config_lib.build_model(config)
@@ -315,6 +328,35 @@ def test_a_run_of_another_split_needs_no_graft(run_import, run_main, tmp_path) -
   assert same(got, elit())
 
 
+def test_a_graft_says_that_the_samples_are_others(latent, run_main, tmp_path, caplog):
+  """And takes what fits all the same."""
+  workdir = tmp_path / "run"
+  run_main(
+    *(*LATENT[:-1], "--mode=import", "--graft"),
+    *(f"--source={latent}", f"--workdir={workdir}"),
+  )
+  (note,) = json.loads((workdir / "imported.json").read_text())["not_as_in_the_source"]
+  assert note == "the samples: data.vae is 'tiny' there and '' here"
+  assert any(note in r.message and r.levelname == "WARNING" for r in caplog.records)
+
+
+@pytest.mark.parametrize("action", ["export", "import"])
+def test_broken_projectors_beside_a_run_go_no_further(
+  action, imported, run_main, tmp_path
+):
+  """Neither into a file nor into another run."""
+  workdir = shutil.copytree(imported, tmp_path / "run")
+  lacking = {n: t for n, t in projectors().items() if n != "projectors.1.2.bias"}
+  files.write(workdir / exchange.PROJECTORS, lacking)
+  argv = {
+    "export": (f"--workdir={workdir}", f"--target={tmp_path / 'new.safetensors'}"),
+    "import": (f"--workdir={tmp_path / 'new'}", f"--source={workdir}"),
+  }
+  with pytest.raises(ConfigError, match=r"not whole: missing .*projectors\.1\.2\.bias"):
+    run_main(BASE, f"--mode={action}", *argv[action])
+  assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
 # --- what a file says of its network --------------------------------------------------
 
 
@@ -360,6 +402,7 @@ def give(target: str, *flags: str, workdir: str = "{run}") -> tuple[str, ...]:
 
 
 TARGET = "{tmp}/new.safetensors"
+LATENT = (BASE, "--config.data.shape=(8,8,4)", "--config.data.vae=tiny")
 WIDE = "--config.model.preset=SiT-digits/2"
 CASES = {
   # The file.
@@ -371,7 +414,7 @@ CASES = {
   "torch is not there": Case(take("{tmp}/x.pt"), ("elit_jax[torch]", ".safetensors")),
   "cut short": Case(take("short"), ("short.safetensors", "cut short or damaged")),
   "promises too much": Case(take("promise"), ("cut short or damaged", "fetch it")),
-  "of something else": Case(take("else"), ("x_embedder.proj.weight", "unused", "lstm")),
+  "of something else": Case(take("else"), (" (4) and 10 more; unused", "lstm")),
   # Its tensors.
   "tensors missing": Case(
     take("missing"),
@@ -395,6 +438,22 @@ CASES = {
   ),
   "infinite in float32": Case(take("large"), ("NaN or infinity: final_layer",)),
   "a projector not a number": Case(take("projector"), ("not finite", "projectors.0")),
+  "a lone projector": Case(
+    take("lone"), ("not whole: missing", ".bias (3), projectors.0.{0,2}.weight (2)")
+  ),
+  "graft of a lone projector": Case(
+    take("lone", "--graft"), ("cannot be used: its projectors, numbered",)
+  ),
+  "projectors of another width": Case(
+    take("wide_projectors"), ("projectors.0.0.weight has shape (8, 16)", "(8, 32)")
+  ),
+  "many tensors unused": Case(
+    take("many"),
+    (
+      "part_a.weight, ",
+      " and 16 more (near",
+    ),
+  ),
   "huge": Case(take("huge"), ("(1073741824, 32)", "y_embedder", "(11, 32)")),
   # Its network.
   "other positions": Case(
@@ -438,9 +497,28 @@ CASES = {
   "graft of other positions": Case(
     take("positions", "--graft"), ("'pos_embed' differs by up to 0.5",)
   ),
+  "graft of flat positions": Case(
+    take("flat_positions", "--graft"), ("'pos_embed' has shape (32,): want a table",)
+  ),
+  "graft without positions": Case(
+    take("no_positions", "--graft"), ("no tensor 'pos_embed', a table (1, tokens,",)
+  ),
+  "graft of positions of nothing": Case(
+    take("zero_positions", "--graft"), ("'pos_embed' has shape (1, 0, 32)",)
+  ),
+  "graft of no square of positions": Case(
+    take("odd_positions", "--graft"), ("'pos_embed' has 7 rows, of no grid of 2",)
+  ),
+  "graft of too few latent positions": Case(
+    take("few_latents", "--graft", config=SPLIT), ("7 latents", "are 5 positions")
+  ),
   "a run that does not fit": Case(
     take("{run}", "--config.model.classes=7"),
     ("does not fit", "the null label's row", "--graft takes what fits"),
+  ),
+  "a run of other samples": Case(
+    take("{latent}", *LATENT[1:-1]),
+    ("does not fit: the samples: data.vae is 'tiny' there and '' here", "--graft"),
   ),
   # Folders and flags.
   "a workdir with a run": Case(
@@ -450,6 +528,26 @@ CASES = {
     (*take("plain")[:-1], "--workdir={tmp}/plain.bin"), ("cannot write",)
   ),
   "graft is not a bool": Case(take("plain", "--graft=yep"), ("'yep'", "true or false")),
+  "a target for an import": Case(
+    take("plain", "--target=x"), ("--target", "--mode=export", "in --mode=import")
+  ),
+  "a dtype for an import": Case(
+    take("plain", "--dtype=float16"), ("--dtype is a flag of --mode=export",)
+  ),
+  "a source for an export": Case(
+    give(TARGET, "--source=x"), ("--source is a flag of --mode=import",)
+  ),
+  "a graft for an export": Case(give(TARGET, "--graft"), ("--graft is a flag of",)),
+  "a source for training": Case(
+    (BASE, "--mode=train", "--workdir={tmp}/new", "--source=x"),
+    ("--source is a flag of --mode=import", "in --mode=train: leave it out"),
+  ),
+  "JSON of samples": Case(
+    (BASE, "--mode=sample", "--workdir={tmp}/new", "--json"), ("--mode=describe",)
+  ),
+  "budgets of a training": Case(
+    (BASE, "--workdir={tmp}/new", "--budgets=k1"), ("--budgets is a flag of",)
+  ),
   "a mesh of other devices": Case(
     take("plain", "--config.mesh=(3,1,1)"), ("(3, 1, 1)", "there are 8")
   ),
@@ -507,6 +605,20 @@ def tmp(tmp_path_factory) -> pathlib.Path:
     | changed(p, "t_embedder.mlp.0.weight", (1, 2), -np.inf),
     "large": p | {bias: np.full(4, 1e300)},
     "projector": p | changed(projectors(), "projectors.0.0.bias", (1,), nan),
+    "lone": p | {"projectors.0.4.weight": np.ones((6, 8), np.float32)},
+    "wide_projectors": p
+    | projectors()
+    | {"projectors.0.0.weight": np.ones((8, 16), np.float32)},
+    "many": p | {f"part_{c}.weight": zero for c in "abcdefghijklmnopqrstuvwxyz"},
+    "flat_positions": p | {"pos_embed": p["pos_embed"][0, 0]},
+    "no_positions": {n: t for n, t in p.items() if n != "pos_embed"},
+    "zero_positions": p | {"pos_embed": p["pos_embed"][:, :0]},
+    "odd_positions": p | {"pos_embed": p["pos_embed"][:, :7]},
+    "few_latents": elit()
+    | {
+      f"{sit.READ}.learned_query_embed": np.ones((7, 32), np.float32),
+      f"{sit.READ}.latent_pos_embed": np.ones((5, 32), np.float32),
+    },
     "positions": p | {"pos_embed": p["pos_embed"] + np.float32(0.5)},
   }
   for name, tensors in wrong.items():
@@ -539,7 +651,7 @@ def _write_huge(path: pathlib.Path, tensors: Tensors, name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_wrong_input_is_one_sentence_and_writes_nothing(
-  name, tmp, imported, run_main, monkeypatch
+  name, tmp, imported, latent, run_main, monkeypatch
 ):
   monkeypatch.setitem(sys.modules, "torch", None)
   case = CASES[name]
@@ -549,9 +661,10 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
     return {p: p.stat().st_mtime_ns for p in paths if p.is_file()}
 
   before = listing()
-  argv = [
-    a.replace("{tmp}", str(tmp)).replace("{run}", str(imported)) for a in case.argv
-  ]
+  places = {"{tmp}": tmp, "{run}": imported, "{latent}": latent}
+  argv = list(case.argv)
+  for word, place in places.items():
+    argv = [arg.replace(word, str(place)) for arg in argv]
   with pytest.raises(ConfigError) as error:
     run_main(*argv)
   message = str(error.value)

@@ -11,7 +11,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -20,7 +20,7 @@ from absl import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from elit_jax import files
+from elit_jax import files, trees
 from elit_jax.errors import ConfigError
 
 Tensors = dict[str, np.ndarray]
@@ -204,11 +204,26 @@ def _read_torch(path: pathlib.Path) -> Tensors:
   if others := sorted(
     str(name) for name, value in tensors.items() if not torch.is_tensor(value)
   ):
-    raise ConfigError(
-      f"{path} holds {others[0]!r}, which is no tensor: want a table of tensors, "
-      f"flat or under {' or '.join(map(repr, HOLDERS))}"
-    )
+    tables = [
+      str(name)
+      for name, value in tensors.items()
+      if isinstance(value, Mapping) and any(map(torch.is_tensor, value.values()))
+    ]
+    raise _no_tensors(path, others, tables)
   return {str(name): _to_numpy(path, name, value) for name, value in tensors.items()}
+
+
+def _no_tensors(
+  path: pathlib.Path, others: Sequence[str], tables: Sequence[str]
+) -> ConfigError:
+  """What else a file holds, and which of its entries are tables of tensors."""
+  names = trees.shortened([repr(name) for name in others], ", ")
+  what = "are no tensors" if len(others) > 1 else "is no tensor"
+  hint = f": its tensors stand under {tables[0]!r}, save that alone" if tables else ""
+  return ConfigError(
+    f"{path} holds {names}, which {what}; want a table of tensors, flat or under "
+    f"{' or '.join(map(repr, HOLDERS))}{hint}"
+  )
 
 
 def _refusal(path: pathlib.Path, error: Exception) -> ConfigError:

@@ -23,6 +23,7 @@ from elit_jax.ports.tables import (
   misfits,
   vector,
 )
+from elit_jax.trees import listed
 
 # The fixed sine-cosine table stands in every checkpoint; ours is computed.
 POSITION_TABLE = "pos_embed"
@@ -76,6 +77,35 @@ def check_positions(tensor: np.ndarray, grid: Grid) -> None:
     )
 
 
+def check_projectors(model: Model, tensors: Tensors) -> None:
+  """ConfigError unless these are the whole projectors of a network as wide as `model`.
+
+  They are numbered from 0, with one hidden width; the error lists what is missing, too
+  much, or of another shape.
+  """
+  if not tensors:
+    return
+
+  count = len({name.split(".")[1] for name in tensors})
+
+  def rows(name: str) -> int:
+    shape = tensors[name].shape if name in tensors else ()
+    return max(shape[0], 1) if shape else 1
+
+  features = [rows(f"projectors.{i}.4.weight") for i in range(count)]
+  plain = dataclasses.replace(model, trunk=())
+  whole = elastic.tapped(plain, 0, features, rows("projectors.0.0.weight"))
+  wanted = [entry for entry in table(whole) if PROJECTOR.fullmatch(entry.name)]
+  if missing := {entry.name for entry in wanted} - set(tensors):
+    found = [f"missing tensors: {listed(missing)}"]  # without them no shape is known
+  else:
+    found = misfits(wanted, denoiser.abstract_params(whole), tensors)
+  if found:
+    raise ConfigError(
+      f"its projectors, numbered from 0, are not whole: {'; '.join(found)}"
+    )
+
+
 def model_of(tensors: Tensors, like: Model) -> Model:
   """The network that these tensors are of, by their names and shapes, in one span.
 
@@ -99,7 +129,13 @@ def model_of(tensors: Tensors, like: Model) -> Model:
   norm = "blocks.0.attn.q_norm.weight"
   heads = like.heads if width % like.heads == 0 else 1
   if norm in tensors:
-    heads = width // shape(norm, 1)[0]
+    features = shape(norm, 1)[0]
+    if width % features:
+      raise ConfigError(
+        f"tensor {norm!r} has {features} numbers, as many as a head: they must divide "
+        f"the width {width}"
+      )
+    heads = width // features
   blocks = Blocks(depth, hidden / width, norm in tensors)
   model = dataclasses.replace(
     like,
@@ -113,10 +149,17 @@ def model_of(tensors: Tensors, like: Model) -> Model:
   )
   query = f"{READ}.learned_query_embed"
   if query in tensors:
-    window = _window(shape(query, 2)[0], like)
+    slots, positions = (
+      shape(name, 2)[0] for name in (query, f"{READ}.latent_pos_embed")
+    )
+    if positions < slots:
+      raise ConfigError(
+        f"a group has {slots} latents ({query!r}), but there are {positions} positions "
+        f"of latents ('{READ}.latent_pos_embed'): want at least as many"
+      )
+    window = _window(slots, like)
     writes = count(rf"{re.escape(WRITE)}\.write_ff\.(\d+)\.")
     model = elastic.elit(model, window, 0, 0, write_depth=max(writes, 1))
-    positions = shape(f"{READ}.latent_pos_embed", 2)[0]
     model = dataclasses.replace(
       model,
       trunk=tuple(
@@ -166,18 +209,27 @@ def differences(theirs: Model, ours: Model) -> list[str]:
   return [f"{name} {a[name]}, not {b[name]}" for name in a if a[name] != b[name]]
 
 
-def grid_of(tensors: Tensors, grid: Sequence[int]) -> Grid | None:
-  """The token grid of a checkpoint, given that of a model; None if it does not show.
+def grid_of(tensors: Tensors, grid: Sequence[int]) -> Grid:
+  """The token grid of a checkpoint, given that of a model.
 
   It shows where the table of positions has as many rows as `grid`, or a square number.
+  ConfigError where it does not.
   """
   if POSITION_TABLE not in tensors:
-    return None
-  tokens, axes = tensors[POSITION_TABLE].shape[-2], len(grid)
-  if tokens == math.prod(grid):
+    raise ConfigError(f"no tensor {POSITION_TABLE!r}, a table (1, tokens, width)")
+  shape, axes = tuple(tensors[POSITION_TABLE].shape), len(grid)
+  if len(shape) != 3 or shape[0] != 1 or min(shape) < 1:
+    raise ConfigError(
+      f"tensor {POSITION_TABLE!r} has shape {shape}: want a table (1, tokens, width)"
+    )
+  if shape[1] == math.prod(grid):
     return tuple(grid)
-  side = round(tokens ** (1 / axes))
-  return (side,) * axes if side**axes == tokens else None
+  side = round(shape[1] ** (1 / axes))
+  if side**axes != shape[1]:
+    raise ConfigError(
+      f"tensor {POSITION_TABLE!r} has {shape[1]} rows, of no grid of {axes} equal sides"
+    )
+  return (side,) * axes
 
 
 def table(model: Model) -> list[Entry]:

@@ -1,7 +1,7 @@
 """Names and layouts of foreign checkpoints: one table a source, one importer for all.
 
 A table is a list of `Entry`; import and export are the two directions of the same list,
-so missing, unused and misshapen tensors are an error that names all of them.
+so missing, unused and misshapen tensors are an error that names them by groups.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from elit_jax.errors import ConfigError, nearest
-from elit_jax.trees import grouped
+from elit_jax.trees import listed, shortened
 
 Params = dict[str, Any]
 # (path, array) to what stands in its place, such as the array on its devices.
@@ -101,8 +101,9 @@ def import_tensors(
   """Our parameters from foreign tensors; `shapes` is a tree of shaped leaves.
 
   Leaves are made in float32, one after another, and handed to `place`. Raises
-  ConfigError that names every missing, unused or misshapen tensor and every one of
-  another dtype, before any is read; then every one that is not finite.
+  ConfigError that names the missing, unused and misshapen tensors and those of another
+  dtype, in groups of names and of many groups the first, before any is read; then those
+  that are not finite.
   """
   if found := misfits(table, shapes, tensors):
     raise ConfigError("; ".join(found))
@@ -126,22 +127,21 @@ def import_tensors(
       node = node.setdefault(key, {})
     node[path[-1]] = place(path, array)
   if broken:
-    raise ConfigError(f"tensors with NaN or infinity: {', '.join(grouped(broken))}")
+    raise ConfigError(f"tensors with NaN or infinity: {listed(broken)}")
   return out
 
 
 def misfits(
   table: Sequence[Entry], shapes: Params, tensors: Mapping[str, np.ndarray]
 ) -> list[str]:
-  """What keeps foreign tensors from being these parameters: all of it, grouped."""
+  """What keeps foreign tensors from being these parameters: all of it, in groups."""
   wanted = {entry.name: entry for entry in table}
   found = []
   if missing := set(wanted) - set(tensors):
-    found.append(f"missing tensors: {', '.join(grouped(missing))}")
+    found.append(f"missing tensors: {listed(missing)}")
   if unused := sorted(set(tensors) - set(wanted)):
     like = nearest(unused[0], wanted)
-    names = ", ".join(grouped(unused))
-    found.append(f"unused tensors: {names} (nearest known: {like})")
+    found.append(f"unused tensors: {listed(unused)} (nearest known: {like})")
   shaped: dict[str, list[str]] = {}
   typed: dict[str, list[str]] = {}
   for name, entry in wanted.items():
@@ -156,9 +156,9 @@ def misfits(
       typed.setdefault(str(tensor.dtype), []).append(name)
   for what, groups in (("shape", shaped), ("dtype", typed)):
     if groups:
-      parts = [f"{', '.join(grouped(v))} has {what} {k}" for k, v in groups.items()]
+      parts = [f"{listed(v)} has {what} {k}" for k, v in groups.items()]
       hint = "" if what == "shape" else f": want one of {', '.join(map(str, FLOATS))}"
-      found.append(f"tensors of another {what}: {'; '.join(parts)}{hint}")
+      found.append(f"tensors of another {what}: {shortened(parts, '; ')}{hint}")
   return found
 
 

@@ -92,7 +92,7 @@ def load(vae: VAE, path: str | os.PathLike[str]) -> tuple[Params, str]:
   """Parameters (fp32 arrays of numpy) from a file of weights, and the file's SHA-256.
 
   The file has diffusers' names, in either spelling. ConfigError if it cannot be read,
-  or does not fit; that lists every tensor that is missing, unused, of another shape or
+  or does not fit; that lists the tensors that are missing, unused, of another shape or
   type, or not finite, and says which autoencoder it would fit.
   """
   path = pathlib.Path(path)

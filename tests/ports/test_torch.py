@@ -30,6 +30,10 @@ REFUSED = {
   "bad_module": "torch.nn.modules.linear.Linear, which could run code",
   "bad_list": "holds a list: want a table of tensors",
   "bad_number": "holds 'epoch', which is no tensor",
+  "bad_other_key": "holds 'epoch', 'optimizer', 'state_dict', which are no tensors; "
+  "want a table of tensors, flat or under 'ema' or 'model': its tensors stand under "
+  "'state_dict', save that alone",
+  "bad_many_keys": "'key_j' and 6 more, which are no tensors",
   "bad_empty_table": "holds no tensors",
   "bad_sparse": "tensor 'a'",
   "bad_flat_cut": "cut short, damaged or no file of PyTorch's",

@@ -3,6 +3,7 @@
 import hashlib
 import pathlib
 import pickle
+import re
 from collections.abc import Callable
 
 import jax
@@ -121,6 +122,28 @@ def test_everything_that_misfits_is_listed(tmp_path: pathlib.Path) -> None:
   ):
     assert part in str(error.value)
   assert "it fits" not in str(error.value)
+
+
+def test_a_file_of_something_else_is_told_in_short(tmp_path: pathlib.Path) -> None:
+  """A network of many names: groups of them, and of many groups the first."""
+  words = ("norm", "conv", "proj", "query", "scale")
+  names = [f"{a}.{i}.{b}.{c}" for i in range(40) for a in words for b in words
+           for c in ("weight", "bias")]  # fmt: skip
+  path = saved(tmp_path, {name: np.zeros(1, np.float32) for name in names})
+  with pytest.raises(ConfigError) as error:
+    port.load(TINY, path)
+  message = str(error.value)
+  assert len(message) < 2000
+  assert "conv.{0..39}.conv.bias (40), conv.{0..39}.conv.weight (40), " in message
+  assert "(40) and 40 more (nearest known: " in message  # of 50 groups
+  assert re.search(r"missing tensors: decoder\..* and \d+ more; unused", message)
+
+
+def test_shapes_are_told_in_short(tmp_path: pathlib.Path) -> None:
+  tensors = exported(TINY)
+  odd = {name: np.zeros((i + 1, 9, 9), np.float32) for i, name in enumerate(tensors)}
+  with pytest.raises(ConfigError, match=rf" and {len(odd) - 10} more$"):
+    port.load(TINY, saved(tmp_path, odd))
 
 
 def test_a_file_of_another_autoencoder_is_recognised(tmp_path: pathlib.Path) -> None:

@@ -144,6 +144,10 @@ def write_files(folder: pathlib.Path, state: dict[str, torch.Tensor]) -> None:
   save("bad_module", torch.nn.Linear(2, 2))
   save("bad_list", [torch.ones(2)])
   save("bad_number", {"a": torch.ones(2), "epoch": 3})
+  state = {"state": {0: {"step": torch.ones(())}}, "param_groups": []}
+  other = {"epoch": 3, "state_dict": {"a": torch.ones(2)}, "optimizer": state}
+  save("bad_other_key", other)
+  save("bad_many_keys", {f"key_{letter}": 3 for letter in "abcdefghijklmnop"})
   save("bad_empty_table", {})
   save("bad_sparse", {"a": torch.ones(2, 2).to_sparse()})
   for name in ("good_flat", "good_old_format"):
