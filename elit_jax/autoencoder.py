@@ -28,7 +28,8 @@ def load(name: str, weights: str, leaf: str) -> tuple[VAE, Any, str]:
     return found, *port.load(found, pathlib.Path(weights).expanduser())
   if not seed.isdecimal() or int(seed) >= 2**32:
     raise ConfigError(f"{leaf} is {weights!r}: want random:SEED such as random:0")
-  return found, init(found, jax.random.key(int(seed))), weights
+  made = jax.jit(functools.partial(init, found))(jax.random.key(int(seed)))
+  return found, made, weights
 
 
 class Decoder(NamedTuple):

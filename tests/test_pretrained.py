@@ -192,9 +192,7 @@ def test_a_typo_is_no_repository(monkeypatch):
   fake = types.ModuleType("huggingface_hub")
   fake.snapshot_download = snapshot_download
   monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
-  with pytest.raises(
-    ConfigError, match="no folder runs/digist, .*not found at a"
-  ):
+  with pytest.raises(ConfigError, match="no folder runs/digist, .*not found at a"):
     elit_jax.load("runs/digist")
 
 
