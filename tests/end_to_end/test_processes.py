@@ -301,7 +301,7 @@ def test_killed_and_terminated_it_ends_as_if_nothing_had_happened(whole, tmp_pat
 
 TOPOLOGIES = [
   pytest.param(2, 4, (-1, 1, 1), id="2x4", marks=pytest.mark.slow),
-  pytest.param(4, 1, (-1, 1, 1), id="4x1"),
+  pytest.param(4, 1, (-1, 1, 1), id="4x1", marks=pytest.mark.slow),
   pytest.param(1, 1, (-1, 1, 1), id="1x1"),
   pytest.param(2, 4, (1, 8, 1), id="2x4-fsdp", marks=pytest.mark.slow),
   pytest.param(2, 4, (2, 2, 2), id="2x4-all", marks=pytest.mark.slow),
@@ -329,6 +329,7 @@ def test_examples_times_and_noise_hang_on_no_topology(
     assert abs(a["loss"] - b["loss"]) <= 1e-6, a["step"]
 
 
+@pytest.mark.slow
 def test_a_signal_while_compiling_leaves_at_once(tmp_path):
   workdir = tmp_path / "run"
   with launched(2, 1, workdir, ELIT_REQUEUE_CODE="75") as run:
@@ -373,6 +374,7 @@ def test_two_fill_the_samples_that_are_missing_and_leave_on_a_signal(
     np.testing.assert_array_equal(ours["arr_1"][:count], theirs["arr_1"])
 
 
+@pytest.mark.slow
 def test_two_finish_the_report_that_one_has_begun(run_main, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   settings = (*PIXELS, f"--workdir={workdir}")
@@ -418,6 +420,7 @@ def test_two_finish_the_report_that_one_has_begun(run_main, tmp_path, monkeypatc
     assert len(a["ms_per_image_runs"]) >= 3
 
 
+@pytest.mark.slow
 def test_where_nothing_is_left_to_do_they_say_so_and_end(whole, run_main, tmp_path):
   workdir = tmp_path / "run"
   copy_as_of(STEPS, whole, workdir)
