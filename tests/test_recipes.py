@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -119,20 +120,25 @@ def test_fine_tuning_wants_a_number_of_classes(arg):
 # Of the shape of "sd", in whose place it stands: the latents mean nothing, but they are
 # those of photographs, by every step of the way.
 THIN = vae.VAE(widths=(2, 2, 2, 2), layers=1, groups=1)
-OF_SIZE_B = [run for run in imagenet.RUNS if "-b-256" in run]
+OF_SIZE_B = [run for run in imagenet.RUNS if "-b-" in run]
 
 
 @pytest.fixture(scope="module")
-def latents(photographs_dir, tmp_path_factory) -> pathlib.Path:
-  """All photographs as moments (32, 32, 8), prepared as a recipe says."""
-  folder = tmp_path_factory.mktemp("imagenet_256")
-  raw = imagenet.get_config("sit-b-256")
-  raw.data.path = str(folder)
-  raw.prepare.source, raw.prepare.weights = str(photographs_dir), "random:0"
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(vae.VAES, "sd", THIN)
-    prepare.run(config_lib.resolve(raw), folder)
-  return folder
+def latents(photographs_dir, tmp_path_factory) -> Callable[[str], pathlib.Path]:
+  """latents(run): all photographs as its moments, prepared as the recipe says."""
+
+  @functools.cache
+  def make(pixels: str) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp(f"imagenet_{pixels}")
+    raw = imagenet.get_config(f"sit-b-{pixels}")
+    raw.data.path = str(folder)
+    raw.prepare.source, raw.prepare.weights = str(photographs_dir), "random:0"
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setitem(vae.VAES, "sd", THIN)
+      prepare.run(config_lib.resolve(raw), folder)
+    return folder
+
+  return lambda run: make(run.split("-")[2])
 
 
 def take_a_step(run: str, folder: pathlib.Path) -> dict[str, float]:
@@ -171,10 +177,10 @@ def check_step(run: str, folder: pathlib.Path) -> None:
 
 def test_a_narrow_step_on_photographs(latents, monkeypatch):
   monkeypatch.setitem(presets.SIZES, "B", presets.Size(12, 96, 4))
-  check_step("elit-b-256-75", latents)
+  check_step("elit-b-256-75", latents("elit-b-256-75"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", OF_SIZE_B)
 def test_a_step_on_photographs(run, latents):
-  check_step(run, latents)
+  check_step(run, latents(run))
