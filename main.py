@@ -1,4 +1,4 @@
-"""What a config says: train, sample, evaluate, prepare data, describe, import, export.
+"""What a config says: train, sample, evaluate, score, prepare, describe, import, export.
 
   python main.py --config=configs/digits.py --workdir=runs/digits --mode=train
 Any leaf of the config can be overridden: --config.optim.lr=2e-4.
@@ -36,8 +36,8 @@ KINDS = {
   dict: "a dict",
 }
 MODES = (
-  *("train", "sample", "eval", "prepare"),
-  *("import", "export", "describe", "doctor"),
+  *("train", "sample", "eval", "sweep", "score", "statistics"),
+  *("prepare", "import", "export", "describe", "doctor"),
 )
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -47,18 +47,27 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 MODE = flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
 JSON = flags.DEFINE_bool("json", False, "describe: print JSON.")
 BUDGETS = flags.DEFINE_list("budgets", [], "describe: budgets, such as k1,k4,25%.")
-SOURCE = flags.DEFINE_string("source", None, "import: a file of weights, or a workdir.")
+SOURCE = flags.DEFINE_string(
+  "source",
+  None,
+  "import: a file of weights, or a workdir. score, statistics: an .npz or folder of "
+  "images.",
+)
 GRAFT = flags.DEFINE_bool("graft", False, "import: take what fits of another network.")
-TARGET = flags.DEFINE_string("target", None, "export: a new .safetensors or .pt file.")
+TARGET = flags.DEFINE_string(
+  "target",
+  None,
+  "export: a new .safetensors or .pt file. statistics: a new .npz file.",
+)
 DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, float16 or bfloat16.")
 
 # The flags that only some modes read, and these modes.
 MODES_OF = {
   "json": ("describe",),
   "budgets": ("describe",),
-  "source": ("import",),
+  "source": ("import", "score", "statistics"),
   "graft": ("import",),
-  "target": ("export",),
+  "target": ("export", "statistics"),
   "dtype": ("export",),
 }
 
@@ -112,7 +121,7 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
 
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  from elit_jax import evaluate, exchange, sample, train
+  from elit_jax import evaluate, exchange, sample, score, train
   from elit_jax.data import prepare
 
   preemption.install()
@@ -121,6 +130,11 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     "train": train.run,
     "sample": sample.run,
     "eval": evaluate.run,
+    "sweep": evaluate.sweep,
+    "score": functools.partial(score.run, source=SOURCE.value),
+    "statistics": functools.partial(
+      score.run_statistics, source=SOURCE.value, target=TARGET.value
+    ),
     "prepare": prepare.run,
     "import": functools.partial(
       exchange.run_import, source=SOURCE.value, graft=GRAFT.value

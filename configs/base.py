@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
         # Latents become pictures by this safetensors of data.vae (random:SEED: a
         # rehearsal); "": they stay latents.
         "decoder": "",
+        "uint8": "dit",  # rounding: dit (127.5 x + 128) | elit (255 (x + 1) / 2)
         # Which average; "": the first of optim.ema. "power 0.07" is rebuilt from the
         # other power functions in all checkpoints kept, if it is not among them.
         "ema": "",
@@ -101,10 +102,22 @@ def get_config() -> ConfigDict:
       },
       "eval": {
         "draws": 16,  # noise draws for each held-out image
-        "full_count": 500,  # samples at full budget without guidance
-        "count": 200,  # samples of every other row
+        "count": 500,  # samples of a row: a budget, or a guidance
         "guidance_scale": 2.0,  # of the guided rows
         "seed": 1,
+        "labels": "balanced",  # balanced (index modulo classes) | random (uniform)
+        # Of samples, see docs/evaluation.md: fid | sfid | is | precision | recall | ...
+        "metrics": (),
+        "features": (),  # networks that they look through: inception | dino-l | ...
+        "weights": (),  # a file or hub:OWNER/NAME/FILE for each of these
+        # Statistics of real images, by --mode=statistics or in the layout of ADM; "":
+        # of the training images themselves, where the data are pixels.
+        "reference": "",
+        "bootstrap": 25,  # replicates behind the standard error of a Frechet distance
+        "every": 0,  # training steps between evaluations of `count` samples; 0: none
+        # Of --mode=sweep: numbers of steps and guidance scales, besides the above.
+        "sweep_steps": (),
+        "sweep_scales": (),
       },
       # Of --mode=prepare, which makes the shards that `data` describes, in data.path.
       "prepare": {

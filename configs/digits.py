@@ -37,4 +37,8 @@ def get_config() -> ConfigDict:
   config.checkpoint.every = 300
   config.sample.steps = 25
   config.sample.batch_size = 50
+  config.eval.metrics = ("fid", "sfid", "is", "precision", "recall")
+  config.eval.features = ("digits",)
+  config.eval.sweep_steps = (3, 6, 12)
+  config.eval.sweep_scales = (1.5, 3.0, 4.0)
   return config

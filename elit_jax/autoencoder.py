@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from elit_jax import sharding
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
-from elit_jax.models.vae import VAE, decode_chunks, init, vae
+from elit_jax.models.vae import DECODING, VAE, decode, init, vae
 from elit_jax.ports import vae as port
 
-CHUNK = 8  # latents decoded at once: memory, see models/vae.py
+CHUNK = 8  # latents decoded at once, by all devices together: memory
 
 
 def load(name: str, weights: str, leaf: str) -> tuple[VAE, Any, str]:
@@ -33,15 +35,16 @@ def load(name: str, weights: str, leaf: str) -> tuple[VAE, Any, str]:
 
 
 class Decoder(NamedTuple):
-  """Samples (N, h, w, Z) to pictures (N, H, W, 3), about in [-1, 1]; and the identity
-  of the weights that do it.
+  """Samples (N, h, w, Z) to pictures (N, *shape), about in [-1, 1]; and the identity
+  of the weights that do it. All processes of the mesh decode together.
   """
 
   decode: Callable[[np.ndarray], np.ndarray]
   identity: str
+  shape: tuple[int, ...]
 
 
-def decoder(config: Config) -> Decoder | None:
+def decoder(config: Config, mesh: Mesh) -> Decoder | None:
   """The decoder of a config; None where `sample.decoder` is empty, or ConfigError."""
   weights = config.sample.decoder
   if not weights:
@@ -52,5 +55,24 @@ def decoder(config: Config) -> Decoder | None:
       "autoencoder of these latents, or leave both empty for a model of pixels"
     )
   found, params, identity = load(config.data.vae, weights, "config.sample.decoder")
-  params = jax.device_put(params)  # once, and not with every chunk
-  return Decoder(functools.partial(decode_chunks, found, params, chunk=CHUNK), identity)
+  params = {name: params[name] for name in DECODING if name in params}
+  # Once, and not with every chunk.
+  params = jax.tree.map(functools.partial(sharding.put_everywhere, mesh), params)
+  size = sharding.round_up(CHUNK, mesh)
+  program = jax.jit(
+    sharding.on_mesh(mesh, functools.partial(decode, found)),
+    out_shardings=sharding.replicated(mesh),
+  )
+
+  def pictures(latents: np.ndarray) -> np.ndarray:
+    parts = []
+    for first in range(0, len(latents), size):
+      part = latents[first : first + size].astype(np.float32)
+      padded = np.pad(part, [(0, size - len(part)), *[(0, 0)] * (part.ndim - 1)])
+      images = program(params, sharding.put_whole(mesh, padded))
+      parts.append(np.asarray(images)[: len(part)])
+    return np.concatenate(parts)
+
+  latent = jax.ShapeDtypeStruct((1, *config.data.shape), np.float32)
+  picture = jax.eval_shape(functools.partial(decode, found), params, latent)
+  return Decoder(pictures, identity, picture.shape[1:])

@@ -113,6 +113,7 @@ class SampleConfig:
   budgets: tuple[str, ...]
   classes: tuple[int, ...]
   decoder: str
+  uint8: str
   ema: str
   seed: int
 
@@ -130,10 +131,18 @@ class GuidanceConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
   draws: int
-  full_count: int
   count: int
   guidance_scale: float
   seed: int
+  labels: str
+  metrics: tuple[str, ...]
+  features: tuple[str, ...]
+  weights: tuple[str, ...]
+  reference: str
+  bootstrap: int
+  every: int
+  sweep_steps: tuple[int, ...]
+  sweep_scales: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,14 +203,23 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (("optim.weight_decay",), lambda x: 0 <= x < math.inf, "be 0 or above, and finite"),
   (("optim.beta1", "optim.beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
   (("flow.label_dropout",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
-  (("optim.warmup", "train.preview_every"), lambda x: x >= 0, "not be negative"),
   (
-    ("prepare.workers", "prepare.max_skipped"),
+    (
+      "optim.warmup",
+      "train.preview_every",
+      "eval.every",
+      "prepare.workers",
+      "prepare.max_skipped",
+    ),
     lambda x: x >= 0,
     "not be negative",
   ),
   # Fewer have no spread.
-  (("eval.count", "eval.full_count"), lambda x: x >= 2, "be at least 2"),
+  (
+    ("eval.count", "eval.bootstrap"),
+    lambda x: x >= 2,
+    "be at least 2",
+  ),
   (("eval.guidance_scale",), lambda x: 1 <= x < math.inf, "be at least 1, and finite"),
   # jax drops all higher bits: other seeds would be equal ones in disguise.
   (("seed", "sample.seed", "eval.seed"), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),

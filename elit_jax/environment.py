@@ -1,6 +1,9 @@
 """What XLA reads from the environment, tried before it can abort a run."""
 
+import functools
+import importlib.metadata
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -71,3 +74,32 @@ def cpu() -> str:
   except OSError:  # not Linux
     features = ""
   return f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+
+
+def matmul_precision() -> str:
+  """How precisely products of fp32 arrays are asked for; "default" is the platform's."""
+  import jax
+
+  return str(jax.config.jax_default_matmul_precision or "default")  # type: ignore[attr-defined]
+
+
+@functools.cache
+def code_version() -> str:
+  """The commit of this code, marked where files have changed since; else its version.
+
+  Where the code lies in a folder of packages, no commit is asked for.
+  """
+  folder = pathlib.Path(__file__).parent
+  if (folder.parent / ".git").exists():
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    try:
+      done = subprocess.run(
+        command, capture_output=True, text=True, timeout=20, check=True
+      )
+      return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+      pass
+  try:
+    return f"elit_jax {importlib.metadata.version('elit_jax')}"
+  except importlib.metadata.PackageNotFoundError:
+    return "unknown"

@@ -1,14 +1,15 @@
-"""`--mode=eval`: what each budget costs and gives, as a report in <workdir>/report."""
+"""`--mode=eval` and `--mode=sweep`: what each budget costs and gives, as a report.
+
+The report of an evaluation is in <workdir>/report, that of a sweep in <workdir>/sweep.
+"""
 
 import dataclasses
 import functools
 import os
 import pathlib
 import shutil
-import statistics
 import time
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,28 @@ from absl import logging
 from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import distributed, files, preemption, sample, sharding, train
+from elit_jax import (
+  autoencoder,
+  distributed,
+  evaluator,
+  files,
+  measure,
+  preemption,
+  sample,
+  sharding,
+  train,
+)
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.sources import Source
 from elit_jax.data.stored import unpack
 from elit_jax.errors import ConfigError
-from elit_jax.eval import digits, report
-from elit_jax.eval.metrics import clustered_mean, paired_difference, paired_tests
-from elit_jax.flow.process import process
+from elit_jax.eval import digits, plots, protocol, report
+from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
+from elit_jax.evaluator import Drawn, Row
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
-from elit_jax.sampling.cost import plan_cost
-from elit_jax.sampling.plan import Guidance, Phase, Plan
-from elit_jax.sampling.steppers import stepper
 
 COLUMNS = 20  # samples of a row in the picture, at most
 
@@ -46,125 +54,95 @@ class Judged:
 
 
 def _judge_digits() -> Judged:
-  known, held_out, everything = (
-    sources.digits(split) for split in ("train", "held_out", "all")
-  )
+  known, held_out = (sources.digits(split) for split in ("train", "held_out"))
   judge = digits.digit_judge(known.images, known.labels)
-  quality = functools.partial(digits.quality, judge)
   return Judged(
-    lambda samples, labels: quality(samples, labels, everything.images),
-    digits.reference_quality(judge, known.images, held_out.images, held_out.labels),
+    functools.partial(digits.quality, judge),
+    digits.reference_quality(judge, held_out.images, held_out.labels),
   )
 
 
 # Who can judge samples of a data source, by its name.
 JUDGES: dict[str, Callable[[], Judged]] = {"digits": _judge_digits}
 
+LEAVING = "termination signal: leaving, run again for the rest"
 
-@dataclass(frozen=True)
-class Row:
-  """One way of sampling that the report compares."""
 
-  name: str
-  plan: Plan
-  count: int
+@dataclass(frozen=True, eq=False)
+class Bench:
+  """What an evaluation is made with: a checkpoint's model and its instruments."""
+
+  config: Config
+  model: spec.Model
+  mesh: Mesh
+  step: int
+  params: Any
+  decoder: autoencoder.Decoder | None
+  instruments: measure.Instruments | None
 
   @property
-  def phase(self) -> Phase:
-    """The plan's only phase."""
-    return self.plan[0]
+  def about(self) -> dict[str, Any]:
+    """What a protocol says of it."""
+    return evaluator.about(self.step, self.decoder, self.instruments)
 
 
-def rows_of(config: Config, model: spec.Model) -> list[Row]:
-  """Plain sampling at every budget, largest first; then guidance at the largest.
-
-  The guided rows are CFG, and with more than one budget cheap CFG and AutoGuidance,
-  both with the smallest as the weak one.
-  """
-  price = functools.partial(spec.flops, model, config.data.shape)
-  budgets = sorted(config_lib.budgets(config, model), key=price, reverse=True)
-  full, small = budgets[0], budgets[-1]
-  e, steps = config.eval, config.sample.steps
-  counts = [e.full_count, *[e.count] * (len(budgets) - 1)]
-  rows = [
-    Row(str(budget), (Phase(steps, budget),), count)
-    for budget, count in zip(budgets, counts, strict=True)
-  ]
-  if e.guidance_scale == 1:
-    return rows
-  channels = typing.cast(typing.Literal["all", "three"], config.guidance.channels)
-  guide = functools.partial(Guidance, e.guidance_scale, channels=channels)
-  guidances = {"CFG": guide()}
-  if small != full:
-    guidances["CCFG"] = guide("null", small)
-    guidances["AutoG"] = guide("same", small)
-  if config.flow.label_dropout == 0:
-    logging.info("no guidance by the null label: trained with label_dropout 0")
-    guidances = {n: g for n, g in guidances.items() if g.label == "same"}
-  return rows + [
-    Row(f"{name} {e.guidance_scale:g}", (Phase(steps, full, guidance),), e.count)
-    for name, guidance in guidances.items()
-  ]
+def set_up(config: Config, workdir: pathlib.Path) -> Bench:
+  """The newest checkpoint of a workdir, and what its samples are measured with."""
+  distributed.check_shared(workdir)
+  config = sample.as_trained(workdir, config)
+  model = config_lib.build_model(config)
+  mesh = config_lib.make_mesh(config, model)
+  step, params = sample.load_ema(workdir, config, mesh)
+  decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
+  shape = decoder.shape if decoder else config.data.shape
+  source = functools.partial(train.open_source, config)
+  instruments = measure.instruments(config, mesh, shape, source)
+  return Bench(config, model, mesh, step, params, decoder, instruments)
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=eval`: samples, losses, prices and pictures of the newest checkpoint."""
-  distributed.check_shared(workdir)
-  config = sample.as_trained(workdir, config)
-  model = config_lib.build_model(config)
   held_out = distributed.together(lambda: train.open_source(config, "held_out"))
-  mesh = config_lib.make_mesh(config, model)
-  step, params = sample.load_ema(workdir, config, mesh)
-  folder = workdir / "report.partial"
-  distributed.on_leader(lambda: begin(config, folder, step))
-  distributed.check_shared(folder)
-  logging.info("phase eval | average %s of step %d", config.sample.ema, step)
+  bench = set_up(config, workdir)
+  config, model = bench.config, bench.model
+  folder = begin(bench, workdir / "report")
+  rows = evaluator.report_rows(config, model)
   seconds = {}
   start = time.monotonic()
-  rows = rows_of(config, model)
-  programs = compile_all(config, model, rows, mesh)
+  budgets = [row.phase.budget for row in rows if row.kind == "plain"]
+  jobs: dict[Any, Callable] = {
+    b: functools.partial(compile_loss, config, model, b, bench.mesh) for b in budgets
+  }
+  jobs |= evaluator.samplers(config, model, rows, bench.mesh)
+  programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   if programs is None:
-    logging.info("termination signal: leaving, run again for the report")
+    logging.info(LEAVING)
     return
-  draws, losses = programs
   seconds["compile_eval"] = time.monotonic() - start
 
   start = time.monotonic()
-  loss_IR = validation_losses(config, losses, params, held_out, mesh)
+  losses = {budget: programs[budget] for budget in budgets}
+  loss_IR = validation_losses(config, losses, bench.params, held_out, bench.mesh)
   if loss_IR is None:
-    logging.info("termination signal: leaving, run again for the report")
+    logging.info(LEAVING)
     return
   seconds["validate"] = time.monotonic() - start
 
   start = time.monotonic()
   judge = JUDGES.get(config.data.source) if distributed.is_leader() else None
   judged = judge() if judge else None
-  # Of the picture: at most two of each class, as many as every row has.
-  columns = min(COLUMNS, 2 * config.model.classes, *(row.count for row in rows))
-  table: list[dict[str, Any]] = []
-  shown: list[tuple[str, np.ndarray]] = []
 
-  def take(row: Row, images: np.ndarray, labels: np.ndarray, ms: list[float]) -> None:
-    name = f"samples_{files.stem(row.name)}.npz"
-    files.save_samples(folder / name, images, labels)
-    quality = judged.quality(images, labels) if judged else {}
-    figures = figures_of(config, model, row, step) | {
-      "ms_per_image": statistics.median(ms),
-      "ms_per_image_runs": ms,
-      "recognised": quality.get("recognised"),
-      "frechet_raw_pixels": quality.get("frechet_raw_pixels"),
-      "nearest_train_distance": quality.get("nearest_train_distance"),
-    }
-    figures |= loss_figures(row, loss_IR)
-    table.append(figures)
-    shown.append((report.row_caption(figures), images[:columns]))
+  def take(drawn: Drawn) -> dict[str, Any]:
+    images = drawn.images()
+    name = f"samples_{files.stem(drawn.row.name)}.npz"
+    files.save_samples(folder / name, images, drawn.labels)
+    quality = judged.quality(images, drawn.labels) if judged else {}
+    return quality | loss_figures(drawn.row, loss_IR)
 
-  for row, draw in zip(rows, draws, strict=True):
-    drawn = draw_row(config, row, draw, params, folder / "chunks")
-    if drawn is None:
-      logging.info("termination signal: leaving, run again for the rest")
-      return
-    distributed.on_leader(functools.partial(take, row, *drawn))
+  table = draw(bench, rows, programs, folder, config.eval.count, take)
+  if table is None:
+    logging.info(LEAVING)
+    return
   seconds["sample"] = time.monotonic() - start
 
   def finish() -> None:
@@ -173,57 +151,103 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       if len(loss_IR) > 1
       else []
     }
-    write(config, workdir, folder, step, table, shown, reference, seconds)
-    shutil.rmtree(folder / "chunks")
-    shutil.rmtree(workdir / "report", ignore_errors=True)
-    folder.rename(workdir / "report")
+    write(bench, workdir, folder, table, reference, seconds)
+    replace(folder, workdir / "report")
     text = report.report_table(table, reference)
     logging.info("report in %s\n%s", workdir / "report", text)
 
   distributed.on_leader(finish)
 
 
+def sweep(config: Config, workdir: pathlib.Path) -> None:
+  """`--mode=sweep`: metrics against cost over budgets, steps and guidance scales."""
+  if not config.eval.metrics:
+    raise ConfigError(
+      "config.eval.metrics is empty, and a sweep is of metrics: give fid, is, ... and "
+      "config.eval.features that they look through"
+    )
+  bench = set_up(config, workdir)
+  config, model = bench.config, bench.model
+  folder = begin(bench, workdir / "sweep")
+  rows = evaluator.sweep_rows(config, model)
+  jobs = evaluator.samplers(config, model, rows, bench.mesh)
+  programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
+  table = draw(bench, rows, programs, folder) if programs else None
+  if table is None:
+    logging.info(LEAVING)
+    return
+
+  def finish() -> None:
+    report.write_report(folder, {"step": bench.step, "rows": table})
+    (folder / "metrics.md").write_text(protocol.markdown(table), encoding="utf-8")
+    plots.write(folder, table)
+    replace(folder, workdir / "sweep")
+    logging.info("sweep in %s", workdir / "sweep")
+
+  distributed.on_leader(finish)
+
+
 # Settings that the samples of an unfinished report must have been drawn with.
-REPORT_LEAVES = (*sample.SAMPLING_LEAVES, "eval", "budgets", "train.batch_size")
+REPORT_LEAVES = (
+  *sample.SAMPLING_LEAVES,
+  "eval",
+  "budgets",
+  "train.batch_size",
+  "about",
+)
 
 
-def begin(config: Config, folder: pathlib.Path, step: int) -> None:
+def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:
   """The folder of a report in the making: that of a run cut short goes on, unless it
   was made with other settings. The finished report stays until the new one is whole.
   """
-  settings = config_lib.to_json(config) | {"step": step}
-  files.make_folder(folder)
-  try:
-    files.claim(folder / "config.json", settings, REPORT_LEAVES)
-  except ConfigError:  # other settings, or a file cut short: nothing to go on from
-    shutil.rmtree(folder)
+  folder = report.with_name(f"{report.name}.partial")
+  settings = config_lib.to_json(bench.config)
+  settings |= {"step": bench.step, "about": bench.about}
+
+  def open_folder() -> None:
     files.make_folder(folder)
-    files.claim(folder / "config.json", settings, REPORT_LEAVES)
+    try:
+      files.claim(folder / "config.json", settings, REPORT_LEAVES)
+    except ConfigError:  # other settings, or a file cut short: nothing to go on from
+      shutil.rmtree(folder)
+      files.make_folder(folder)
+      files.claim(folder / "config.json", settings, REPORT_LEAVES)
+
+  distributed.on_leader(open_folder)
+  distributed.check_shared(folder)
+  logging.info("average %s of step %d", bench.config.sample.ema, bench.step)
+  return folder
 
 
-def compile_all(
-  config: Config, model: spec.Model, rows: Sequence[Row], mesh: Mesh
-) -> tuple[list[Callable], dict[Budget, Callable]] | None:
-  """The samplers of all rows and the losses of all budgets, compiled side by side.
+def replace(folder: pathlib.Path, report: pathlib.Path) -> None:
+  """The report in the making takes the place of the finished one."""
+  shutil.rmtree(folder / "chunks", ignore_errors=True)
+  shutil.rmtree(report, ignore_errors=True)
+  folder.rename(report)
 
-  None if a termination signal came meanwhile.
-  """
-  budgets = [row.phase.budget for row in rows if row.phase.guidance is None]
 
-  def sampler(row: Row) -> Callable:
-    fn = sample.sample_fn(
-      model, row.plan, config.sample.solver, config.flow.path, config.data.shape
-    )
-    return sample.compile_sampler(fn, model, config.sample.batch_size, mesh)
-
-  jobs: dict[Row | Budget, Callable] = {
-    row: functools.partial(sampler, row) for row in rows
-  }
-  jobs |= {b: functools.partial(compile_loss, config, model, b, mesh) for b in budgets}
-  programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
-  if programs is None:
-    return None
-  return [programs[row] for row in rows], {b: programs[b] for b in budgets}
+def draw(
+  bench: Bench,
+  rows: Sequence[Row],
+  programs: Mapping[Any, Callable],
+  folder: pathlib.Path,
+  keep: int = 0,
+  take: Callable[[Drawn], dict[str, Any]] = lambda drawn: {},
+) -> list[dict[str, Any]] | None:
+  """`evaluator.draw_rows` of a bench, kept in `folder`."""
+  return evaluator.draw_rows(
+    bench.config,
+    bench.model,
+    rows,
+    programs,
+    (bench.decoder, bench.instruments),
+    bench.params,
+    folder / "chunks",
+    bench.about,
+    keep,
+    take,
+  )
 
 
 def compile_loss(
@@ -301,98 +325,9 @@ def validation_losses(
   return {budget: np.concatenate(part)[:count] for budget, part in parts.items()}
 
 
-def draw_row(
-  config: Config, row: Row, draw: Callable, params: Any, folder: pathlib.Path
-) -> tuple[np.ndarray, np.ndarray, list[float]] | None:
-  """Samples of a row, balanced labels, and ms an image of every full batch but one.
-
-  Batches that are in `folder` already are not drawn again. The first batch is the
-  warm-up; at least three more are timed, and drawn again where the row has too few.
-  None if a termination signal came.
-  """
-  size = config.sample.batch_size
-  labels = sample.balanced_labels(row.count, config.model.classes)
-  chunks = folder / files.stem(row.name)
-  firsts = range(0, row.count, size)
-
-  def find() -> list[int]:
-    return [first for first in firsts if not (chunks / f"{first:06d}.npy").exists()]
-
-  missing = distributed.on_leader(find)
-  progress = Progress(f"sample {row.name}", row.count, 1)
-  images, ms = [], []
-  for first in firsts:
-    if preemption.requested():
-      return None
-    index = np.arange(first, min(first + size, row.count))
-    path = chunks / f"{first:06d}.npy"
-    if first in missing:
-      start = time.monotonic()
-      drawn = draw(params, config.eval.seed, index, labels[index])
-      if first and len(index) == size:
-        ms.append(1e3 * (time.monotonic() - start) / size)
-      if distributed.is_leader():
-        with files.atomic(path) as partial:
-          np.save(partial, drawn)
-      images.append(drawn)
-    elif distributed.is_leader():
-      images.append(np.load(path))
-    progress.update(int(index[-1]) + 1)
-  # Every process has to draw as often as the others.
-  for _ in range(3 - distributed.on_leader(lambda: min(3, len(ms)))):
-    start = time.monotonic()
-    full = sample.balanced_labels(size, config.model.classes)
-    draw(params, config.eval.seed, np.arange(size), full)
-    ms.append(1e3 * (time.monotonic() - start) / size)
-  return np.concatenate(images) if images else np.zeros(0), labels, ms
-
-
-def figures_of(
-  config: Config, model: spec.Model, row: Row, step: int
+def loss_figures(
+  row: Row, loss_IR: Mapping[Budget, np.ndarray]
 ) -> dict[str, Any]:
-  """What is known of a row before it runs: budget, price and protocol."""
-  shape, budget = config.data.shape, row.phase.budget
-  price = functools.partial(spec.flops, model, shape)
-  solver = stepper(config.sample.solver)
-  cost = plan_cost(row.plan, solver, process(config.flow.path), price)
-  read = spec.find(model, spec.Read)
-  counts = denoiser.parameter_counts(model, shape)
-  fixed = counts.pop("position_table")
-  guidance = row.phase.guidance
-  return {
-    "name": row.name,
-    "kind": "guided" if guidance else "plain",
-    "latents_per_group": spec.kept(read, budget)
-    if isinstance(read, spec.Read)
-    else None,
-    "core_tokens": spec.core_tokens(model, shape, budget),
-    "parameters": sum(counts.values()),
-    "gflops_per_image": cost.flops / 1e9,
-    "gflops_per_forward": price(budget) / 1e9,
-    "samples": row.count,
-    "protocol": {
-      "checkpoint_step": step,
-      "parameters": "EMA",
-      "ema": config.sample.ema,
-      "position_table_parameters": fixed,
-      "solver": config.sample.solver,
-      "steps": config.sample.steps,
-      "evaluations": cost.evaluations,
-      "budget": str(budget),
-      "guidance_scale": guidance.scale if guidance else 1.0,
-      "guidance_interval": [guidance.low, guidance.high] if guidance else None,
-      "weak_label": guidance.label if guidance else None,
-      "weak_budget": str(row.phase.weak_budget) if guidance else None,
-      "labels": "balanced: index modulo classes",
-      "noise": f"keyed by (seed {config.eval.seed}, sample index)",
-      "batch_size": config.sample.batch_size,
-      "dtype": config.model.dtype,
-      "platform": jax.devices()[0].device_kind,
-    },
-  }
-
-
-def loss_figures(row: Row, loss_IR: dict[Budget, np.ndarray]) -> dict[str, Any]:
   """Validation loss of a row's budget, its error, and that of the difference from the
   largest budget's. Guidance has no loss of its own: its row has its strong budget's.
   """
@@ -407,20 +342,23 @@ def loss_figures(row: Row, loss_IR: dict[Budget, np.ndarray]) -> dict[str, Any]:
 
 
 def write(
-  config: Config,
+  bench: Bench,
   workdir: pathlib.Path,
   folder: pathlib.Path,
-  step: int,
   table: list[dict],
-  shown: list[tuple[str, np.ndarray]],
   reference: dict[str, Any],
   seconds: dict[str, float],
 ) -> None:
-  """The pictures of the report and report.json."""
+  """The pictures of the report, metrics.json and metrics.md."""
   start = time.monotonic()
-  if config.data.shape[-1] in (1, 3):
-    labels = sample.balanced_labels(len(shown[0][1]), config.model.classes)
-    report.grid_png(folder / "grid.png", shown, labels.tolist())
+  shown = [
+    (report.row_caption(row), first_samples(folder, row, bench.config))
+    for row in table
+  ]
+  if files.is_pixels(shown[0][1]):
+    labels = evaluator.labels_of(bench.config, len(shown[0][1]))
+    names = sample.class_names(workdir, labels)
+    report.grid_png(folder / "grid.png", shown, names)
   report.tradeoff_png(folder / "tradeoff.png", table, reference)
   timing = workdir / "timing.json"
   seconds = (files.read_json(timing) if timing.exists() else {}) | seconds
@@ -433,10 +371,20 @@ def write(
   report.write_report(
     folder,
     {
-      "step": step,
-      "validation_draws": config.eval.draws,
+      "step": bench.step,
+      "validation_draws": bench.config.eval.draws,
       "rows": table,
       "reference": reference,
       **machine,
     },
   )
+  (folder / "metrics.md").write_text(protocol.markdown(table), encoding="utf-8")
+
+
+def first_samples(
+  folder: pathlib.Path, row: Mapping[str, Any], config: Config
+) -> np.ndarray:
+  """What the picture shows of a row: at most two of each class."""
+  columns = min(COLUMNS, 2 * config.model.classes, row["samples"])
+  with np.load(folder / f"samples_{files.stem(row['name'])}.npz") as samples:
+    return samples["arr_0"][:columns]

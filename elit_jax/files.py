@@ -7,12 +7,12 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from elit_jax.errors import ConfigError
+from elit_jax.errors import ConfigError, lookup
 
 
 def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -83,17 +83,27 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     partial.write_text(text + "\n", encoding="utf-8")
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-  """Float images in [-1, 1] as uint8: clip(127.5 x + 128, 0, 255), truncated.
+# From [-1, 1] to levels of 255, before they are clipped and truncated; in fp32 and in
+# the order of the sampling scripts, so that a level is theirs to the last bit.
+UINT8: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+  "dit": lambda x: np.float32(127.5) * x + np.float32(128),  # and SiT
+  "elit": lambda x: np.float32(255) * ((x + np.float32(1)) / np.float32(2)),
+}
 
-  The conversion of the DiT and SiT sampling scripts: -1 is 0, 0 is 128, 1 is 255.
-  ConfigError for values that are not finite.
+
+def to_uint8(images: np.ndarray, rule: str = "dit") -> np.ndarray:
+  """Float images in [-1, 1] as uint8, by a rule in `UINT8`, clipped and truncated.
+
+  By "dit" -1 is 0, 0 is 128 and 1 is 255. ConfigError for values that are not finite
+  and for an unknown rule.
   """
-  images = np.asarray(images, np.float64)
-  bad = int(np.count_nonzero(~np.isfinite(images)))
-  if bad:
-    raise ConfigError(f"{bad} of {images.size} pixel values are not finite")
-  return np.clip(127.5 * images + 128, 0, 255).astype(np.uint8)
+  levels = lookup(UINT8, rule, "conversion to uint8")(np.asarray(images, np.float32))
+  if bad := int(np.count_nonzero(~np.isfinite(levels))):
+    raise ConfigError(
+      f"{bad} of {levels.size} pixel values are not finite: training or sampling "
+      "diverged"
+    )
+  return np.clip(levels, 0, 255).astype(np.uint8)
 
 
 def is_pixels(images: np.ndarray) -> bool:
@@ -108,20 +118,30 @@ def stem(name: str) -> str:
   return re.sub(r"[^A-Za-z0-9.+-]+", "_", name.replace("%", "pc")).strip("_")
 
 
-def save_samples(
-  path: str | os.PathLike[str], images: np.ndarray, labels: np.ndarray
-) -> None:
-  """Writes an npz in the layout of the ADM evaluation suite: arr_0 and arr_1.
+def as_stored(samples: np.ndarray, rule: str = "dit") -> np.ndarray:
+  """Samples as files hold them: pictures (N, H, W, 1 or 3) in [-1, 1] become uint8 by
+  the rule, uint8 stays, anything else is latents and becomes fp32.
+  """
+  if samples.dtype == np.uint8:
+    return samples
+  return to_uint8(samples, rule) if is_pixels(samples) else samples.astype(np.float32)
 
-  Images (N, H, W, C) in [-1, 1] with 1 or 3 channels become uint8; anything else is
-  latents and stays fp32. arr_1 is int64 labels (N,).
+
+def save_samples(
+  path: str | os.PathLike[str],
+  images: np.ndarray,
+  labels: np.ndarray,
+  rule: str = "dit",
+) -> None:
+  """Writes an npz in the layout of the ADM evaluation suite: arr_0, which is the images
+  `as_stored`, and arr_1, int64 labels (N,).
   """
   images, labels = np.asarray(images), np.asarray(labels)
   if labels.shape != images.shape[:1]:
     raise ConfigError(
       f"{len(images)} samples need as many labels, not shape {labels.shape}"
     )
-  values = to_uint8(images) if is_pixels(images) else images.astype(np.float32)
+  values = as_stored(images, rule)
   with atomic(path) as partial:
     np.savez(partial, arr_0=values, arr_1=labels.astype(np.int64))
 

@@ -1,13 +1,15 @@
 """What a run shows of itself: its log, its pictures, its clock."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -17,9 +19,21 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import distributed, ema, files, memory, optim, roofline, sample
+from elit_jax import (
+  autoencoder,
+  distributed,
+  ema,
+  evaluator,
+  files,
+  measure,
+  memory,
+  optim,
+  roofline,
+  sample,
+)
 from elit_jax.budget import Budget
 from elit_jax.config import Config
+from elit_jax.data.sources import Source
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.logs import Progress, Writer, import_wandb
 from elit_jax.models import denoiser, spec
@@ -256,7 +270,7 @@ class Profiler(contextlib.AbstractContextManager):
 class Previews:
   """Sample grids as training goes: two of each class, from averaged parameters.
 
-  The average is that of `sample.ema`; the first, if that one is to be rebuilt.
+  The average is `stored_average`.
   """
 
   def __init__(
@@ -264,9 +278,7 @@ class Previews:
   ):
     self._config = config
     self._folder = workdir / "previews"
-    stored = [str(profile) for profile in ema.profiles(config.optim.ema)]
-    chosen = str(ema.choose(stored, config.sample.ema))
-    self._average = chosen if chosen in stored else stored[0]
+    self._average = stored_average(config)
     count = min(2 * config.model.classes, 32)
     self._labels = sample.balanced_labels(count, config.model.classes)
     fn = sample.sample_fn(
@@ -292,6 +304,80 @@ class Previews:
     pixels = files.to_uint8(np.nan_to_num(images))
     files.save_grid(self._folder / f"{step:07d}.png", pixels)
     writer.images(step, {"previews": pixels})
+
+
+class Evaluations:
+  """Metrics of samples every `eval.every` steps, at every budget, as `--mode=eval` would
+  find them, from averaged parameters where they are: there is no second copy.
+
+  The average is `stored_average`. A step whose evaluation a signal has cut short goes
+  on with it after a restart.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    model: spec.Model,
+    mesh: Mesh,
+    workdir: pathlib.Path,
+    open_source: Callable[[], Source],
+  ):
+    average = stored_average(config)
+    settings = dataclasses.replace(config.sample, ema=average)
+    self._config = dataclasses.replace(config, sample=settings)
+    self._model, self._average = model, average
+    self._folder = workdir / "evaluations"
+    self._decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
+    shape = self._decoder.shape if self._decoder else config.data.shape
+    self._instruments = measure.instruments(config, mesh, shape, open_source)
+    self._rows = evaluator.plain_rows(config, model, config.sample.steps)
+    jobs = evaluator.samplers(config, model, self._rows, mesh)
+    self._programs = {form: job() for form, job in jobs.items()}
+
+  def reach(self, step: int, averages: Mapping[str, Any], writer: Writer) -> None:
+    """Evaluates where `step` asks for it and no evaluation is there; leaves it half
+    done if a termination signal came. Writes evaluations/<step>.json.
+    """
+    path = self._folder / f"{step:07d}.json"
+    if step == 0 or step % self._config.eval.every:
+      return
+    if distributed.on_leader(path.exists):
+      return
+    chunks = self._folder / f"{step:07d}.partial"
+    about = evaluator.about(step, self._decoder, self._instruments)
+    table = evaluator.draw_rows(
+      self._config,
+      self._model,
+      self._rows,
+      self._programs,
+      (self._decoder, self._instruments),
+      averages[self._average],
+      chunks,
+      about,
+    )
+    if table is None:
+      return
+
+    def record() -> None:
+      files.write_json(path, {"step": step, "rows": table})
+      shutil.rmtree(chunks)
+      found = {
+        f"eval/{row['name']}/{name}": value["value"]
+        for row in table
+        for name, value in row["metrics"].items()
+      }
+      writer.scalars(step, found)
+
+    distributed.on_leader(record)
+
+
+def stored_average(config: Config) -> str:
+  """The average of weights that `sample.ema` asks for; the first of those stored, if
+  that one is to be rebuilt.
+  """
+  stored = [str(profile) for profile in ema.profiles(config.optim.ema)]
+  chosen = str(ema.choose(stored, config.sample.ema))
+  return chosen if chosen in stored else stored[0]
 
 
 class Clock:

@@ -59,7 +59,7 @@ def load(where: str | os.PathLike[str], ema: str = "", decoder: str = "") -> "Tr
   config = sample.as_trained(folder, config)
   step, params = sample.load_ema(folder, config, mesh)
   names = tuple(sample.class_names(folder, range(config.model.classes)))
-  found = autoencoder.decoder(config)
+  found = autoencoder.decoder(config, mesh)
   return Trained(config, model, mesh, params, step, names, found)
 
 
@@ -124,7 +124,7 @@ def _from_saved(folder: pathlib.Path, ema: str, decoder: str) -> "Trained":
     jax.device_put(arrays[name], leaf.sharding) for name, leaf in wanted.items()
   ]
   params = jax.tree.unflatten(jax.tree.structure(target), leaves)
-  found = autoencoder.decoder(config)
+  found = autoencoder.decoder(config, mesh)
   return Trained(config, model, mesh, params, step, tuple(names), found)
 
 
@@ -296,7 +296,7 @@ class Trained:
     labels = np.array(wanted, np.int32)
     images = draw(self.params, seed, np.arange(len(labels)), labels)
     images = self.decoder.decode(images) if self.decoder else images
-    return files.to_uint8(images) if files.is_pixels(images) else images
+    return files.as_stored(images, self.config.sample.uint8)
 
   def price(
     self,

@@ -192,7 +192,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   mesh = config_lib.make_mesh(config, model)
   step, params = load_ema(workdir, config, mesh)
   folders = {name: workdir / "samples" / folder_name(config, name) for name in plans}
-  decoder = distributed.together(lambda: autoencoder.decoder(config))
+  decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
   for folder in folders.values():
     distributed.open_folder(folder)
   s = config.sample
@@ -228,7 +228,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     index = np.arange(first, min(first + s.batch_size, s.count))
     samples = draw[name](params, s.seed, index, labels[index])
     path = folders[name] / f"{first:06d}.npz"
-    save = functools.partial(save_chunk, path, samples, labels[index], decoder)
+    pictures = decoder.decode(samples) if decoder else samples
+    save = functools.partial(files.save_samples, path, pictures, labels[index], s.uint8)
     distributed.on_leader(save)
     progress.update(done)
   distributed.on_leader(functools.partial(show, config, model, plans, folders, workdir))
@@ -245,16 +246,6 @@ def folder_name(config: Config, budget: str) -> str:
   parts += [f"guidance {g.scale:g}"] if g.scale != 1 else []
   parts += [f"seed {s.seed}"] if s.seed else []
   return files.stem(" ".join(parts))
-
-
-def save_chunk(
-  path: pathlib.Path,
-  samples: np.ndarray,
-  labels: np.ndarray,
-  decoder: autoencoder.Decoder | None,
-) -> None:
-  """Writes samples, as pictures where there is a decoder."""
-  files.save_samples(path, decoder.decode(samples) if decoder else samples, labels)
 
 
 def compile_plans(

@@ -198,6 +198,12 @@ def put_whole(mesh: Mesh, array: np.ndarray) -> jax.Array:
   return jax.make_array_from_callback(array.shape, split(mesh), lambda i: array[i])
 
 
+def put_everywhere(mesh: Mesh, array: np.ndarray | jax.Array) -> jax.Array:
+  """An array that every process has, whole on every device."""
+  host = np.asarray(array)
+  return jax.make_array_from_callback(host.shape, replicated(mesh), lambda i: host[i])
+
+
 def round_up(size: int, mesh: Mesh) -> int:
   """The smallest batch of at least `size` that divides over the devices."""
   devices = math.prod(mesh.shape[axis] for axis in BATCH)

@@ -58,6 +58,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       return
     every = config.train.preview_every
     previews = monitor.Previews(config, model, mesh, workdir) if every else None
+    evaluations = make_evaluations(config, model, mesh, workdir)
 
     with (
       monitor.writer(config, workdir, start) as writer,
@@ -73,6 +74,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
         clock.lap("train")
 
       for step in range(start, config.train.steps):
+        if evaluations:
+          evaluations.reach(step, state["ema"], writer)
         if preemption.requested():
           save(step)
           logging.info("termination signal: saved step %d, leaving", step)
@@ -91,6 +94,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
           save(step + 1)
       else:
         save(config.train.steps)
+        if evaluations:
+          evaluations.reach(config.train.steps, state["ema"], writer)
       log.flush()
     checkpoints.wait()
     clock.lap("train")
@@ -179,6 +184,16 @@ def report_changes(before: Mapping[str, Any], config: Config) -> None:
   for name, value in files.flatten(config_lib.to_json(config)).items():
     if name in old and old[name] != value:
       logging.warning("config.%s was %r, from here on it is %r", name, old[name], value)
+
+
+def make_evaluations(
+  config: Config, model: spec.Model, mesh: Mesh, workdir: pathlib.Path
+) -> monitor.Evaluations | None:
+  """What measures samples as training goes, where `eval.every` asks for it."""
+  if not config.eval.every:
+    return None
+  source = functools.partial(open_source, config)
+  return monitor.Evaluations(config, model, mesh, workdir, source)
 
 
 def open_source(config: Config, split: str = "train") -> Source:

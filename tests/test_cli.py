@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from elit_jax import config as config_lib
-from elit_jax import evaluate, logs, train
+from elit_jax import evaluate, evaluator, logs, train
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, spec
@@ -35,7 +35,6 @@ TINY = (
   "--config.sample.batch_size=8",
   "--config.sample.steps=2",
   "--config.eval.draws=2",
-  "--config.eval.full_count=24",
   "--config.eval.count=16",
 )
 # Trained at one budget, to compile once; sampled and judged at two.
@@ -387,9 +386,16 @@ def test_a_checkpoint_of_another_model_is_refused(run_main, workdir):
 def test_a_report_of_every_budget(tiny_run, workdir):
   tiny_run("eval", workdir, TWO)
   folder = workdir / "report"
-  report = json.loads((folder / "report.json").read_text())
-  counts = {"k4": 24, "k1": 16, "CFG 2": 16, "CCFG 2": 16, "AutoG 2": 16}
-  assert {row["name"]: row["samples"] for row in report["rows"]} == counts
+  report = json.loads((folder / "metrics.json").read_text())
+  kinds = {
+    "k4": "plain",
+    "k1": "plain",
+    "CFG 2": "cfg",
+    "CCFG 2": "ccfg",
+    "AutoG 2": "autog",
+  }
+  assert {row["name"]: row["kind"] for row in report["rows"]} == kinds
+  assert {row["samples"] for row in report["rows"]} == {16}
   assert report["step"] == 1 and report["validation_draws"] == 2
   assert [(t["smaller"], t["larger"]) for t in report["reference"]["paired"]] == [
     ("k1", "k4")
@@ -403,7 +409,7 @@ def test_a_report_of_every_budget(tiny_run, workdir):
       np.testing.assert_array_equal(
         samples["arr_1"], np.arange(row["samples"]) % 10, strict=True
       )
-    assert 0 <= row["recognised"] <= 1 and row["frechet_raw_pixels"] > 0
+    assert 0 <= row["recognised"] <= 1 and row["nearest_train_distance"] > 0
     assert len(row["ms_per_image_runs"]) >= 3 and row["validation_loss"] > 0
     assert row["validation_loss_se"] > 0
   model = config_lib.build_model(tiny_config())
@@ -425,15 +431,15 @@ def test_a_report_of_every_budget(tiny_run, workdir):
 
 def test_an_old_report_outlives_a_new_one_that_fails(tiny_run, workdir, monkeypatch):
   (workdir / "report").mkdir()
-  (workdir / "report" / "report.json").write_text("{}")
+  (workdir / "report" / "metrics.json").write_text("{}")
 
   def fail(*arguments):
     raise RuntimeError("killed")
 
-  monkeypatch.setattr(evaluate, "compile_all", fail)
+  monkeypatch.setattr(evaluate, "validation_losses", fail)
   with pytest.raises(RuntimeError, match="killed"):
     tiny_run("eval", workdir, ONE)
-  assert [p.name for p in (workdir / "report").iterdir()] == ["report.json"]
+  assert [p.name for p in (workdir / "report").iterdir()] == ["metrics.json"]
 
 
 def test_a_report_without_a_judge(tiny_run, workdir):
@@ -445,11 +451,10 @@ def test_a_report_without_a_judge(tiny_run, workdir):
     "--config.eval.guidance_scale=1",
   )
   folder = workdir / "report"
-  report = json.loads((folder / "report.json").read_text())
+  report = json.loads((folder / "metrics.json").read_text())
   (row,) = report["rows"]
   assert row["name"] == "k4" and row["validation_loss"] > 0
-  for name in ("recognised", "frechet_raw_pixels", "nearest_train_distance"):
-    assert row[name] is None
+  assert row["metrics"] == {} and "recognised" not in row
   assert "recognised_ceiling" not in report["reference"]
   assert (folder / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
 
@@ -463,8 +468,8 @@ def test_guided_rows_need_what_the_model_was_trained_with(workdir):
   saved = files.read_json(workdir / "config.json")
   saved["flow"]["label_dropout"] = 0.0
   files.write_json(workdir / "config.json", saved)
-  names = [row.name for row in evaluate.rows_of(config, model)]
+  names = [row.name for row in evaluator.report_rows(config, model)]
   assert {"CFG 2", "CCFG 2", "AutoG 2"} < set(names)
   trained = sample.as_trained(workdir, config)
-  names = [row.name for row in evaluate.rows_of(trained, model)]
+  names = [row.name for row in evaluator.report_rows(trained, model)]
   assert "AutoG 2" in names and not {"CFG 2", "CCFG 2"} & set(names)

@@ -192,7 +192,7 @@ def test_an_import_samples_and_trains_on(run_import, run_main, exported) -> None
 def test_an_import_is_evaluated(imported, run_main, tmp_path) -> None:
   """The data is there, and no training has left its traces."""
   workdir = shutil.copytree(imported, tmp_path / "run")
-  small = ("eval.draws=1", "eval.count=8", "eval.full_count=8", "sample.steps=1")
+  small = ("eval.draws=1", "eval.count=8", "sample.steps=1")
   run_main(
     *(BASE, "--mode=eval", f"--workdir={workdir}", "--config.eval.guidance_scale=1"),
     *(f"--config.{leaf}" for leaf in small),

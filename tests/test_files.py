@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from elit_jax import files
@@ -45,3 +46,41 @@ def test_the_readme_is_whole():
   links = re.findall(r"\]\(([^)#]+)\)", text)
   assert len(links) > 5
   assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+# --- pixels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("rule", "levels"),
+  [("dit", [0, 0, 0, 128, 255, 255]), ("elit", [0, 0, 0, 127, 255, 255])],
+)
+def test_levels_by_both_rules(rule: str, levels: list[int]) -> None:
+  """systems.md sec. 1.5: they differ by half a level."""
+  x = np.array([-7, -1.01, -1, 0, 1, 1.5])
+  got = files.to_uint8(x, rule)
+  assert got.dtype == np.uint8
+  assert got.tolist() == levels
+  mine, theirs = (files.to_uint8(x, r).astype(int) for r in ("dit", rule))
+  assert (mine - theirs).max() in (0, 1)
+
+
+def test_every_level_survives_the_conversion() -> None:
+  levels = np.arange(256)
+  np.testing.assert_array_equal(files.to_uint8(levels / 127.5 - 1), levels)
+
+
+def test_levels_are_of_finite_pixels_by_a_known_rule() -> None:
+  with pytest.raises(ConfigError, match="1 of 3 pixel values are not finite"):
+    files.to_uint8(np.array([0, np.nan, 1]))
+  with pytest.raises(ConfigError, match="did you mean 'elit'"):
+    files.to_uint8(np.zeros(1), "elt")
+
+
+def test_pictures_are_stored_as_levels_and_latents_as_they_are() -> None:
+  pictures, latents = np.zeros((2, 8, 8, 3)), np.zeros((2, 8, 8, 4))
+  assert files.as_stored(pictures).dtype == np.uint8
+  assert files.as_stored(pictures, "elit").max() == 127
+  assert files.as_stored(latents).dtype == np.float32
+  stored = files.as_stored(pictures)
+  assert files.as_stored(stored, "elit") is stored

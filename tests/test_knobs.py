@@ -114,7 +114,6 @@ KNOBS = {
     "three", "sampling evaluation", GUIDED | {"data.shape": (8, 8, 4)}
   ),
   "eval.draws": Knob(8, "evaluation"),
-  "eval.full_count": Knob(300, "evaluation"),
   "eval.count": Knob(100, "evaluation"),
   "eval.guidance_scale": Knob(3.0, "evaluation"),
   "eval.seed": Knob(2, "evaluation"),

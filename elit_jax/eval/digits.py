@@ -10,7 +10,6 @@ import numpy as np
 from sklearn.svm import SVC
 
 from elit_jax.errors import ConfigError
-from elit_jax.eval.metrics import frechet_distance, moments
 
 PIXELS = 64
 # Of gamma in 0.0005 .. 0.003 and C in 3 .. 100, on the 0..16 scale, every pair reached
@@ -33,18 +32,15 @@ class DigitJudge:
     x_NE, labels = _flatten(images), _labels(labels, len(images))
     return float(np.mean(self.classifier.predict(_grey_levels(x_NE)) == labels))
 
-  def nearest_distance(self, images: np.ndarray, exclude_self: bool = False) -> float:
+  def nearest_distance(self, images: np.ndarray) -> float:
     """Median Euclidean distance of images to their nearest training image, in units of
     the state: one grey level of the original 0..16 is 1/8, paper to ink is 2.
-
-    `exclude_self` is for the training images themselves, and leaves out each one's own
-    copy; ConfigError if one of `images` has none.
     """
     x_NE = _flatten(images)
     nearest_N = np.empty(len(x_NE))
     for start in range(0, len(x_NE), 1024):
       chunk = slice(start, start + 1024)
-      nearest_N[chunk] = _nearest(x_NE[chunk], self.train_NE, exclude_self)
+      nearest_N[chunk] = _nearest(x_NE[chunk], self.train_NE)
     return float(np.median(nearest_N))
 
 
@@ -61,46 +57,28 @@ def digit_judge(images: np.ndarray, labels: np.ndarray) -> DigitJudge:
 
 
 def quality(
-  judge: DigitJudge,
-  samples: np.ndarray,
-  labels: np.ndarray,
-  reference_images: np.ndarray,
+  judge: DigitJudge, samples: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-  """`recognised`, `frechet_raw_pixels` and `nearest_train_distance` of samples.
-
-  All images `(n, 8, 8, 1)`; samples are clipped to [-1, 1] as an image file would clip
-  them. The Frechet distance is on the 64 pixels in [-1, 1] against `reference_images`;
-  its bias depends on both counts. ConfigError as for `DigitJudge.accuracy`.
+  """`recognised` and `nearest_train_distance` of samples `(n, 8, 8, 1)`, which are uint8
+  or floats, clipped to [-1, 1]. ConfigError as for `DigitJudge.accuracy`.
   """
+  if samples.dtype == np.uint8:
+    samples = samples / 127.5 - 1
   samples = np.clip(samples, -1, 1)
   return {
     "recognised": judge.accuracy(samples, labels),
-    "frechet_raw_pixels": _frechet(samples, reference_images),
     "nearest_train_distance": judge.nearest_distance(samples),
   }
 
 
 def reference_quality(
-  judge: DigitJudge,
-  train_images: np.ndarray,
-  held_out_images: np.ndarray,
-  held_out_labels: np.ndarray,
-) -> dict:
-  """What real digits score, to read `quality` by: the classifier's ceiling, and the
-  Frechet distance and nearest distance of held-out digits against the training ones.
-  """
+  judge: DigitJudge, held_out_images: np.ndarray, held_out_labels: np.ndarray
+) -> dict[str, float]:
+  """What real digits score, to read `quality` by."""
   return {
     "recognised_ceiling": judge.accuracy(held_out_images, held_out_labels),
-    "frechet_raw_pixels_floor": _frechet(held_out_images, train_images),
-    "frechet_raw_pixels_floor_n": [len(train_images), len(held_out_images)],
-    "frechet_raw_pixels_reference_n": len(train_images) + len(held_out_images),
     "nearest_train_distance_held_out": judge.nearest_distance(held_out_images),
-    "nearest_train_distance_train": judge.nearest_distance(train_images, True),
   }
-
-
-def _frechet(a: np.ndarray, b: np.ndarray) -> float:
-  return frechet_distance(*moments(_flatten(a)), *moments(_flatten(b)))
 
 
 def _flatten(images: np.ndarray) -> np.ndarray:
@@ -127,19 +105,8 @@ def _grey_levels(x_NE: np.ndarray) -> np.ndarray:
   return np.clip(8 * (x_NE + 1), 0, 16)
 
 
-def _nearest(x_NE: np.ndarray, train_NE: np.ndarray, exclude_self: bool) -> np.ndarray:
+def _nearest(x_NE: np.ndarray, train_NE: np.ndarray) -> np.ndarray:
   # The expanded square finds the neighbour; the difference itself gives its distance,
   # so that a copy is at exactly 0.
   squares = (train_NE**2).sum(1) - 2 * x_NE @ train_NE.T
-  rows = np.arange(len(x_NE))
-  nearest = squares.argmin(axis=1)
-  distance_N = np.linalg.norm(x_NE - train_NE[nearest], axis=1)
-  if not exclude_self:
-    return distance_N
-  if distance_N.any():
-    raise ConfigError(
-      f"exclude_self is for training images, but {np.count_nonzero(distance_N)} of "
-      f"{len(x_NE)} images are not among them"
-    )
-  squares[rows, nearest] = np.inf
   return np.linalg.norm(x_NE - train_NE[squares.argmin(axis=1)], axis=1)

@@ -1,17 +1,19 @@
-"""A report as files: samples, pictures, a table and JSON, from plain data.
+"""A report as files: pictures, a table and JSON, from plain data.
 
 A row is a dict with the keys `ROW_KEYS`, one for each way of sampling: `kind` is
-"plain" or "guided", `ms_per_image` the median of `ms_per_image_runs`, `samples` their
-number and `protocol` a dict of everything else that the figures depend on. A guided row
-has no loss of its own: its `validation_loss` and errors are those of its strong budget.
+"plain", or how it is guided; `ms_per_image` the median of `ms_per_image_runs`,
+`samples` their number, `metrics` has {"value", "standard_error", ...} by name, and
+`protocol` is all that the figures depend on. It may have a validation loss (`OF_LOSS`;
+a guided row has no loss of its own: these are those of its strong budget), the fraction
+`recognised` and the `nearest_train_distance`.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -22,11 +24,16 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter, StrMethodFormatter
 
 from elit_jax.errors import ConfigError
+from elit_jax.eval import protocol
+from elit_jax.eval.metrics import METRICS
 from elit_jax.files import atomic, to_uint8
 
 ROW_KEYS = (
   "name",
   "kind",
+  "budget",
+  "steps",
+  "guidance_scale",
   "latents_per_group",
   "core_tokens",
   "parameters",
@@ -34,15 +41,11 @@ ROW_KEYS = (
   "gflops_per_forward",
   "ms_per_image",
   "ms_per_image_runs",
-  "validation_loss",
-  "validation_loss_se",
-  "validation_loss_paired_se",
-  "recognised",
-  "frechet_raw_pixels",
-  "nearest_train_distance",
   "samples",
+  "metrics",
   "protocol",
 )
+OF_LOSS = ("validation_loss", "validation_loss_se", "validation_loss_paired_se")
 _PLAIN_COLOUR = "#1f5fa8"
 _GUIDED_STYLES = (
   ("s", "#d1495b"),
@@ -157,59 +160,36 @@ def grid_png(
 def tradeoff_png(
   path: str | os.PathLike, rows: Sequence[Mapping], reference: Mapping | None = None
 ) -> None:
-  """Draw quality (validation loss above, fraction recognised below) against GFLOPs an
-  image (left) and measured ms an image (right).
+  """Draw quality (validation loss above; below the first metric, or else the fraction
+  recognised) against GFLOPs an image (left) and measured ms an image (right).
 
-  Vertical bars are one standard error (binomial for the fraction; for the loss that of
-  its paired difference from the largest budget's), horizontal ones span the timed runs.
-  Guided rows appear below only; `reference["recognised_ceiling"]`, if given, is a line.
+  Vertical bars are one standard error (for the loss that of its paired difference from
+  the largest budget's), horizontal ones span the timed runs. Guided rows appear below
+  only. What real, held-out images score is a line, if `reference` has it.
   """
   plain = [row for row in rows if row["kind"] == "plain"]
   guided = [row for row in rows if row["kind"] != "plain"]
   if not plain:
     raise ConfigError("the trade-off needs at least one row of kind 'plain', got none")
+  below = _quality(rows, reference or {})
   figure = _figure((10, 8), ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
   figure.suptitle(
     "One model, many budgets: quality against compute", fontsize=14, weight="bold"
   )
-  panels = figure.subplots(2, 2, sharex="col", sharey="row")
+  panels = figure.subplots(2 if below else 1, 2, sharex="col", sharey="row")
+  panels = np.reshape(panels, (-1, 2))
   costs = (
     ("gflops_per_image", "compute of one image [GFLOPs]"),
     ("ms_per_image", "measured time of one image [ms]"),
   )
-  for column, (cost, cost_label) in enumerate(costs):
-    loss_axes, share_axes = panels[:, column]
-    _draw_curve(loss_axes, plain, cost, "validation_loss")
-    _draw_curve(share_axes, plain, cost, "recognised")
-    for row, (marker, colour) in zip(guided, _styles(len(guided)), strict=True):
-      _draw_points(
-        share_axes,
-        [row],
-        cost,
-        "recognised",
-        label=f"{row['name']} (guided)",
-        color=colour,
-        marker=marker,
-        linestyle="none",
-        markerfacecolor="none",
-        markeredgewidth=1.8,
-        markersize=9,
-      )
-    ceiling = (reference or {}).get("recognised_ceiling")
-    if ceiling is not None:
-      share_axes.axhline(
-        ceiling,
-        color="0.4",
-        linestyle="--",
-        linewidth=1.2,
-        label=f"real, held-out images ({100 * ceiling:.1f} %)",
-      )
-    share_axes.set_xlabel(cost_label)
-    _scale_cost(share_axes, [row[cost] for row in rows])
+  for (cost, cost_label), column in zip(costs, panels.T, strict=True):
+    _draw_curve(column[0], plain, cost, LOSS)
+    if below:
+      _draw_quality(column[1], plain, guided, cost, below)
+    column[-1].set_xlabel(cost_label)
+    shown = rows if below else plain
+    _scale_cost(column[-1], [row[cost] for row in shown])
   panels[0, 0].set_ylabel("validation loss  (lower is better)")
-  panels[1, 0].set_ylabel("samples recognised  (higher is better)")
-  panels[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %"))
-  panels[1, 0].set_ylim(top=min(panels[1, 0].get_ylim()[1], 1.005))
   notes = (
     "Vertical bars: one standard error; for the loss, of its difference\n"
     "from the largest budget's, on the same images, noise and times.",
@@ -217,7 +197,13 @@ def tradeoff_png(
   )
   for axes, note in zip(panels[0], notes, strict=True):
     axes.set_title(note, fontsize=8.5, color="0.3", loc="left")
-  handles, names = panels[1, 0].get_legend_handles_labels()
+  if below:
+    panels[1, 0].set_ylabel(below.label)
+    if below.share:
+      percent = FuncFormatter(lambda y, _: f"{100 * y:.4g} %")
+      panels[1, 0].yaxis.set_major_formatter(percent)
+      panels[1, 0].set_ylim(top=min(panels[1, 0].get_ylim()[1], 1.005))
+  handles, names = panels[-1, 0].get_legend_handles_labels()
   order = sorted(range(len(names)), key=lambda i: names[i].startswith("real"))
   figure.legend(
     [handles[i] for i in order],
@@ -230,32 +216,127 @@ def tradeoff_png(
   _save(figure, path)
 
 
+class Quantity(NamedTuple):
+  """What a panel shows: (value, standard error) of a row, or None; and of real images."""
+
+  label: str
+  of: Callable[[Mapping], tuple[float, float] | None]
+  falls: bool  # with more compute
+  real: float | None = None
+  share: bool = False
+
+
+def _loss_of(row: Mapping) -> tuple[float, float] | None:
+  loss = row.get("validation_loss")
+  return None if loss is None else (loss, row.get("validation_loss_paired_se") or 0.0)
+
+
+LOSS = Quantity("validation loss", _loss_of, falls=True)
+
+
+def _quality(rows: Sequence[Mapping], reference: Mapping) -> Quantity | None:
+  """The first metric of the rows; else what a judge recognises; else None."""
+  for name in dict.fromkeys(name for row in rows for name in row["metrics"]):
+
+    def of_metric(row: Mapping, name: str = name) -> tuple[float, float] | None:
+      found = row["metrics"].get(name)
+      return found and (found["value"], found["standard_error"] or 0.0)
+
+    better = METRICS[name].better
+    return Quantity(
+      f"{protocol.title(name)}  ({better} is better)", of_metric, better == "lower"
+    )
+
+  def recognised(row: Mapping) -> tuple[float, float] | None:
+    share = row.get("recognised")
+    if share is None:
+      return None
+    return share, math.sqrt(share * (1 - share) / row["samples"])
+
+  if not any(recognised(row) for row in rows):
+    return None
+  ceiling = reference.get("recognised_ceiling")
+  label = "samples recognised  (higher is better)"
+  return Quantity(label, recognised, falls=False, real=ceiling, share=True)
+
+
+def _draw_quality(
+  axes: Axes,
+  plain: Sequence[Mapping],
+  guided: Sequence[Mapping],
+  cost: str,
+  quantity: Quantity,
+) -> None:
+  """The plain rows as a curve, every guided one as a mark, real images as a line."""
+  _draw_curve(axes, plain, cost, quantity)
+  for row, (marker, colour) in zip(guided, _styles(len(guided)), strict=True):
+    _draw_points(
+      axes,
+      [row],
+      cost,
+      quantity,
+      label=f"{row['name']} (guided)",
+      color=colour,
+      marker=marker,
+      linestyle="none",
+      markerfacecolor="none",
+      markeredgewidth=1.8,
+      markersize=9,
+    )
+  if quantity.real is not None:
+    axes.axhline(
+      quantity.real,
+      color="0.4",
+      linestyle="--",
+      linewidth=1.2,
+      label=f"real, held-out images ({100 * quantity.real:.1f} %)",
+    )
+
+
+class Column(NamedTuple):
+  """Of the table: two lines of heading, and the cell of a row."""
+
+  above: str
+  heading: str
+  cell: Callable[[Mapping], str]
+
+
+def _columns(rows: Sequence[Mapping]) -> list[Column]:
+  """What the rows have something to say about."""
+  found = [
+    Column("", "row", lambda row: row["name"]),
+    Column("latents", "a group", lambda row: _number(row["latents_per_group"])),
+    Column("core", "tokens", lambda row: _number(row["core_tokens"])),
+    Column("para-", "meters", lambda row: f"{row['parameters']:,}"),
+    Column("GFLOPs", "an image", lambda row: _number(row["gflops_per_image"])),
+    Column("ms", "an image", lambda row: _number(row["ms_per_image"])),
+  ]
+  if any(row.get("validation_loss") is not None for row in rows):
+    found.append(Column("validation", "loss", _loss))
+  for name in dict.fromkeys(name for row in rows for name in row["metrics"]):
+
+    def cell(row: Mapping, name: str = name) -> str:
+      return protocol.figure(row["metrics"].get(name))
+
+    found.append(Column("", protocol.title(name), cell))
+  if any(row.get("recognised") is not None for row in rows):
+    found.append(Column("recog-", "nised", lambda row: _percent(row["recognised"])))
+    found.append(
+      Column("nearest", "train", lambda row: _fixed(row["nearest_train_distance"], 3))
+    )
+  return found
+
+
 def report_table(rows: Sequence[Mapping], reference: Mapping | None = None) -> str:
   """The rows as an aligned text table, and under it what real images score.
 
-  Of `reference` it reads, where present, the keys of `digits.reference_quality` and
-  `paired`, the list of `metrics.paired_tests`.
+  Of `reference` it reads, where present, the keys of `digits.reference_quality`,
+  `metrics` of real held-out images with their number `metrics_n`, and `paired`, the
+  list of `paired.paired_tests`.
   """
-  header = (
-    ("", "latents", "core", "para-", "GFLOPs", "ms", "validation", "recog-", "Frechet"),
-    ("row", "a group", "tokens", "meters", "an image", "an image", "loss", "nised"),
-  )
-  lines = [(*header[0], "nearest"), (*header[1], "raw pixels", "train")]
-  for row in rows:
-    lines.append(
-      (
-        row["name"],
-        _number(row["latents_per_group"]),
-        _number(row["core_tokens"]),
-        f"{row['parameters']:,}",
-        _number(row["gflops_per_image"]),
-        _number(row["ms_per_image"]),
-        _loss(row),
-        _percent(row["recognised"]),
-        _fixed(row["frechet_raw_pixels"], 3),
-        _fixed(row["nearest_train_distance"], 3),
-      )
-    )
+  columns = _columns(rows)
+  lines = [[c.above for c in columns], [c.heading for c in columns]]
+  lines += [[c.cell(row) for c in columns] for row in rows]
   widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
   text = [
     "  ".join(
@@ -270,7 +351,7 @@ def report_table(rows: Sequence[Mapping], reference: Mapping | None = None) -> s
 
 
 def write_report(directory: str | os.PathLike, report: Mapping) -> Path:
-  """Write `report` (key `rows`, and whatever else) to `directory/report.json`; returns
+  """Write `report` (key `rows`, and whatever else) to `directory/metrics.json`; returns
   the path.
 
   The file appears whole or not at all. Keys keep their order, rows that of `ROW_KEYS`;
@@ -283,20 +364,22 @@ def write_report(directory: str | os.PathLike, report: Mapping) -> Path:
     if missing:
       raise ConfigError(f"row {row.get('name')!r} of the report lacks {missing}")
     rows.append({key: row[key] for key in ROW_KEYS} | dict(row))
-  path = Path(directory) / "report.json"
+  path = Path(directory) / protocol.FILE
   text = json.dumps(_plain({**report, "rows": rows}), indent=2, allow_nan=False)
   with atomic(path) as partial:
     partial.write_text(text + "\n", encoding="utf-8")
   return path
 
 
-def _draw_curve(axes: Axes, rows: Sequence[Mapping], cost: str, value: str) -> None:
+def _draw_curve(
+  axes: Axes, rows: Sequence[Mapping], cost: str, quantity: Quantity
+) -> None:
   rows = sorted(rows, key=lambda row: row[cost])
   _draw_points(
     axes,
     rows,
     cost,
-    value,
+    quantity,
     label="plain sampling, one point a budget",
     color=_PLAIN_COLOUR,
     marker="o",
@@ -306,15 +389,14 @@ def _draw_curve(axes: Axes, rows: Sequence[Mapping], cost: str, value: str) -> N
   )
   # Names on the side that the curve leaves free: above where it falls, below where it
   # rises.
-  above = value == "validation_loss"
   for row in rows:
-    if row[value] is not None:
+    if found := quantity.of(row):
       axes.annotate(
         row["name"],
-        (row[cost], row[value]),
-        (7, 6) if above else (7, -8),
+        (row[cost], found[0]),
+        (7, 6) if quantity.falls else (7, -8),
         textcoords="offset points",
-        va="bottom" if above else "top",
+        va="bottom" if quantity.falls else "top",
         fontsize=9,
         color=_PLAIN_COLOUR,
         zorder=5,
@@ -327,15 +409,12 @@ def _draw_curve(axes: Axes, rows: Sequence[Mapping], cost: str, value: str) -> N
 
 
 def _draw_points(
-  axes: Axes, rows: Sequence[Mapping], cost: str, value: str, **style: Any
+  axes: Axes, rows: Sequence[Mapping], cost: str, quantity: Quantity, **style: Any
 ) -> None:
-  rows = [row for row in rows if row[value] is not None]
+  rows = [row for row in rows if quantity.of(row)]
   if not rows:
     return
-  if value == "recognised":
-    errors = [math.sqrt(r[value] * (1 - r[value]) / r["samples"]) for r in rows]
-  else:
-    errors = [row.get("validation_loss_paired_se") or 0.0 for row in rows]
+  values, errors = zip(*map(quantity.of, rows), strict=True)
   x = np.array([row[cost] for row in rows])
   spans = np.zeros((2, len(rows)))
   if cost == "ms_per_image":
@@ -343,7 +422,7 @@ def _draw_points(
     spans = np.array([x - [min(r) for r in runs], [max(r) for r in runs] - x]).clip(0)
   axes.errorbar(
     x,
-    [row[value] for row in rows],
+    values,
     yerr=errors,
     xerr=spans if spans.any() else None,
     capsize=3,
@@ -373,13 +452,14 @@ def _notes(rows: Sequence[Mapping], reference: Mapping) -> list[str]:
   if "recognised_ceiling" in reference:
     ceiling = _percent(reference["recognised_ceiling"])
     notes.append(f"recognised, ceiling: {ceiling} of real held-out images")
-  if "frechet_raw_pixels_floor" in reference:
-    floor = f"{reference['frechet_raw_pixels_floor']:.3f}"
-    train, held_out = reference["frechet_raw_pixels_floor_n"]
+  if "metrics" in reference:
+    scores = ", ".join(
+      f"{protocol.title(name)} {protocol.figure(value)}"
+      for name, value in reference["metrics"].items()
+    )
     notes.append(
-      f"Frechet distance on raw pixels in [-1, 1], floor: {floor} between {train:,} "
-      f"training and {held_out:,} held-out images; rows are against all "
-      f"{reference['frechet_raw_pixels_reference_n']:,}"
+      f"{reference['metrics_n']:,} real held-out images: {scores} (with another number "
+      "of images FID has another bias)"
     )
   if "nearest_train_distance_held_out" in reference:
     notes.append(
@@ -399,7 +479,7 @@ def _notes(rows: Sequence[Mapping], reference: Mapping) -> list[str]:
 
 
 def _loss(row: Mapping) -> str:
-  loss, error = row["validation_loss"], row["validation_loss_se"]
+  loss, error = map(row.get, OF_LOSS[:2])
   if loss is None:
     return "-"
   if row["kind"] != "plain":

@@ -259,15 +259,6 @@ def encode_chunks(
   return _in_chunks(functools.partial(_encode, vae), params, image_BHWC, chunk)
 
 
-def decode_chunks(
-  vae: VAE, params: Params, latents_BHWZ: np.ndarray, chunk: int
-) -> np.ndarray:
-  """`decode` on the host's array, `chunk` latents at a time; see `encode_chunks`."""
-  _check_latents(vae, latents_BHWZ)
-  params = {name: params[name] for name in DECODING if name in params}
-  return _in_chunks(functools.partial(_decode, vae), params, latents_BHWZ, chunk)
-
-
 def _in_chunks(
   fn: Callable[[Params, jax.Array], jax.Array],
   params: Params,
@@ -300,22 +291,3 @@ def _in_chunks(
 
 def _fetch(out: np.ndarray, result: jax.Array) -> None:
   out[:] = np.asarray(result)[: len(out)]
-
-
-# From [-1, 1] to levels of 255, before they are clipped and truncated; in fp32 and in
-# the order of the sampling scripts, so that a level is theirs to the last bit.
-UINT8: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-  "dit": lambda x: np.float32(127.5) * x + np.float32(128),  # and SiT
-  "elit": lambda x: np.float32(255) * ((x + np.float32(1)) / np.float32(2)),
-}
-
-
-def to_uint8(image: np.ndarray | jax.Array, rule: str = "dit") -> np.ndarray:
-  """Images in [-1, 1] as uint8 on the host, by a rule in `UINT8`, truncated.
-
-  ConfigError for values that are not finite and for an unknown rule.
-  """
-  levels = lookup(UINT8, rule, "conversion to uint8")(np.asarray(image, np.float32))
-  if bad := int(np.count_nonzero(~np.isfinite(levels))):
-    raise ConfigError(f"{bad} of {levels.size} pixel values are not finite")
-  return np.clip(levels, 0, 255).astype(np.uint8)

@@ -382,7 +382,6 @@ def test_two_finish_the_report_that_one_has_begun(run_main, tmp_path, monkeypatc
   evaluation = (
     "--mode=eval",
     "--config.eval.draws=1",
-    "--config.eval.full_count=40",
     "--config.eval.count=40",
     "--config.eval.guidance_scale=1.0",
   )
@@ -413,7 +412,7 @@ def test_two_finish_the_report_that_one_has_begun(run_main, tmp_path, monkeypatc
     assert levels.max() <= 1, name
     np.testing.assert_array_equal(a["arr_1"], b["arr_1"])
   one, other = (
-    files.read_json(folder / "report.json")["rows"] for folder in (ours, theirs)
+    files.read_json(folder / "metrics.json")["rows"] for folder in (ours, theirs)
   )
   for a, b in zip(one, other, strict=True):
     assert abs(a["validation_loss"] - b["validation_loss"]) <= 1e-6

@@ -23,7 +23,7 @@ def report(tmp_path_factory) -> tuple[dict, pathlib.Path]:
       [sys.executable, "main.py", *arguments], cwd=ROOT, env=environment, check=True
     )
   folder = workdir / "report"
-  return json.loads((folder / "report.json").read_text()), folder
+  return json.loads((folder / "metrics.json").read_text()), folder
 
 
 @pytest.mark.slow

@@ -15,6 +15,9 @@ def make_row(name: str, kind: str = "plain", cost: float = 1.0, **changes) -> di
   row = {
     "name": name,
     "kind": kind,
+    "budget": "k4",
+    "steps": 50,
+    "guidance_scale": 1.0,
     "latents_per_group": 4,
     "core_tokens": np.int64(16),
     "parameters": 812_345,
@@ -26,9 +29,9 @@ def make_row(name: str, kind: str = "plain", cost: float = 1.0, **changes) -> di
     "validation_loss_se": 0.003,
     "validation_loss_paired_se": 0.0005,
     "recognised": 0.95,
-    "frechet_raw_pixels": np.float64(0.8),
     "nearest_train_distance": 1.9,
     "samples": 1000,
+    "metrics": {"fid": {"value": np.float64(5 + 1 / cost), "standard_error": 0.25}},
     "protocol": {"solver": "euler", "steps": 50},
   }
   return row | changes
@@ -39,23 +42,12 @@ def rows():
   return [
     make_row("k4", cost=1.0),
     make_row("k1", cost=0.4, latents_per_group=1),
-    make_row("cfg 2.0", "guided", cost=2.0, validation_loss_se=None),
+    make_row("cfg 2.0", "cfg", cost=2.0, validation_loss_se=None),
   ]
 
 
 def images(rows: int, *shape: int) -> np.ndarray:
   return np.random.default_rng(0).uniform(-1, 1, size=(rows, *shape))
-
-
-def test_uint8_end_points_and_truncation():
-  x = [-1, -1.5, 0, 1, 1.5, 1 - 2 / 255]
-  np.testing.assert_array_equal(files.to_uint8(x), [0, 0, 128, 255, 255, 254])
-  assert files.to_uint8(x).dtype == np.uint8
-
-
-def test_every_level_survives_the_conversion():
-  levels = np.arange(256)
-  np.testing.assert_array_equal(files.to_uint8(levels / 127.5 - 1), levels)
 
 
 def test_samples_have_the_layout_of_the_adm_suite(tmp_path):
@@ -123,22 +115,41 @@ def test_tradeoff_without_plain_rows_is_refused(tmp_path, rows):
     report.tradeoff_png(tmp_path / "t.png", rows[2:])
 
 
+def test_without_metrics_the_share_recognised_is_drawn(tmp_path, rows):
+  report.tradeoff_png(tmp_path / "a.png", rows)
+  for row in rows:
+    row["metrics"] = {}
+  report.tradeoff_png(tmp_path / "b.png", rows)
+  for row in rows:
+    row["recognised"] = None
+  report.tradeoff_png(tmp_path / "c.png", rows)
+  pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
+  assert len(set(pictures)) == 3
+
+
 def test_table_is_aligned_and_has_every_row(rows):
   table = report.report_table(rows)
   head = table.split("\n\n")[0].splitlines()
   assert [line.split("  ")[0] for line in head[3:]] == ["k4", "k1", "cfg 2.0"]
   assert len({len(line) for line in head}) == 1
   assert "0.2100 +- 0.0030" in head[3]
-  assert "812,345" in head[3] and "95.0 %" in head[3]
+  assert "812,345" in head[3] and "95.0 %" in head[3] and "6.00 ± 0.25" in head[3]
   assert "(0.2050)" in head[5]  # the strong budget's, not a loss of guidance
 
 
-def test_table_prints_ceiling_floor_and_paired_tests(rows):
+def test_a_table_has_no_column_of_what_no_row_knows(rows):
+  for row in rows:
+    row["metrics"] = {}
+    row["recognised"] = row["validation_loss"] = None
+  head = report.report_table(rows).splitlines()[1]
+  assert head.split() == ["row", "a", "group", "tokens", "meters", *2 * ["an", "image"]]
+
+
+def test_table_prints_what_real_images_score_and_paired_tests(rows):
   reference = {
     "recognised_ceiling": 0.9899,
-    "frechet_raw_pixels_floor": 0.465,
-    "frechet_raw_pixels_floor_n": [1500, 297],
-    "frechet_raw_pixels_reference_n": 1797,
+    "metrics": {"fid": {"value": 0.4651, "standard_error": 0.012}},
+    "metrics_n": 1297,
     "nearest_train_distance_held_out": 2.073,
     "paired": [
       {
@@ -151,25 +162,25 @@ def test_table_prints_ceiling_floor_and_paired_tests(rows):
     ],
   }
   table = report.report_table(rows, reference)
-  for text in ("99.0 %", "0.465", "1,500", "297", "1,797", "2.073", "+5.0 paired"):
+  for text in ("99.0 %", "FID 0.465 ± 0.012", "1,297", "2.073", "+5.0 paired"):
     assert text in table
 
 
 def test_report_is_valid_json_in_order(tmp_path, rows):
-  rows[0] = dict(reversed(rows[0].items())) | {"frechet_raw_pixels": np.nan}
+  rows[0] = dict(reversed(rows[0].items())) | {"validation_loss": np.nan}
   rows[1]["note"] = np.arange(2)
   path = report.write_report(
     tmp_path, {"title": "digits", "rows": rows, "reference": {"n": np.int64(3)}}
   )
-  assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+  assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
 
   def refuse(constant):
     raise AssertionError(f"{constant} is not JSON")
 
   stored = json.loads(path.read_text(), parse_constant=refuse)
   assert list(stored) == ["title", "rows", "reference"]
-  assert list(stored["rows"][0]) == list(report.ROW_KEYS)
-  assert stored["rows"][0]["frechet_raw_pixels"] is None
+  assert list(stored["rows"][0])[: len(report.ROW_KEYS)] == list(report.ROW_KEYS)
+  assert stored["rows"][0]["validation_loss"] is None
   assert stored["rows"][1]["note"] == [0, 1]
   assert stored["rows"][2]["protocol"] == {"solver": "euler", "steps": 50}
   assert stored["reference"] == {"n": 3}

@@ -1,0 +1,391 @@
+"""What evaluation after and during training share: rows, drawn, priced and measured.
+
+A row is one way of sampling. Its samples are drawn in batches; each batch is kept on
+disk with what the instruments see in it, so that a run cut short draws none again.
+"""
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from elit_jax import autoencoder, distributed, environment, files, preemption, sample
+from elit_jax import config as config_lib
+from elit_jax.budget import Budget
+from elit_jax.config import Config
+from elit_jax.eval import protocol
+from elit_jax.flow.process import process
+from elit_jax.logs import Progress
+from elit_jax.measure import Instruments
+from elit_jax.models import denoiser, spec
+from elit_jax.sampling import schedule
+from elit_jax.sampling.cost import plan_cost
+from elit_jax.sampling.plan import Guidance, Phase, Plan
+from elit_jax.sampling.steppers import stepper
+
+Features = dict[str, np.ndarray]
+# (parameters, seed, index (n,), labels (n,)) to samples (n, ...) on the host.
+Draw = Callable[[Any, int, np.ndarray, np.ndarray], np.ndarray]
+TIMED = 3  # batches, at least
+
+
+@dataclass(frozen=True)
+class Row:
+  """One way of sampling: kind is plain, cfg, ccfg or autog."""
+
+  name: str
+  kind: str
+  plan: Plan
+  count: int
+
+  @property
+  def phase(self) -> Phase:
+    """The plan's only phase."""
+    return self.plan[0]
+
+
+def by_price(config: Config, model: spec.Model) -> list[Budget]:
+  """The training budgets, the largest first."""
+  price = functools.partial(spec.flops, model, config.data.shape)
+  return sorted(config_lib.budgets(config, model), key=price, reverse=True)
+
+
+def plain_rows(config: Config, model: spec.Model, steps: int) -> list[Row]:
+  """Sampling without guidance at every budget, the largest first."""
+  usual = steps == config.sample.steps
+  return [
+    Row(
+      str(budget) if usual else f"{budget}, {_counted(steps)}",
+      "plain",
+      (Phase(steps, budget),),
+      config.eval.count,
+    )
+    for budget in by_price(config, model)
+  ]
+
+
+def _counted(steps: int) -> str:
+  return f"{steps} step{'' if steps == 1 else 's'}"
+
+
+def guided_rows(config: Config, model: spec.Model, scale: float) -> list[Row]:
+  """CFG at the largest budget, and with more than one budget cheap CFG and
+  AutoGuidance, both with the smallest as the weak one. None at scale 1.
+  """
+  if scale == 1:
+    return []
+  full, *_, small = [*by_price(config, model)] * 2
+  guide = functools.partial(
+    Guidance, scale, channels=config_lib.guided_channels(config)
+  )
+  guidances = {"CFG": guide()}
+  if small != full:
+    guidances["CCFG"] = guide("null", small)
+    guidances["AutoG"] = guide("same", small)
+  if config.flow.label_dropout == 0:
+    logging.info("no guidance by the null label: trained with label_dropout 0")
+    guidances = {n: g for n, g in guidances.items() if g.label == "same"}
+  phase = functools.partial(Phase, config.sample.steps, full)
+  return [
+    Row(f"{name} {scale:g}", name.lower(), (phase(found),), config.eval.count)
+    for name, found in guidances.items()
+  ]
+
+
+def report_rows(config: Config, model: spec.Model) -> list[Row]:
+  """Of a report: every budget, then guidance at `eval.guidance_scale`."""
+  return [
+    *plain_rows(config, model, config.sample.steps),
+    *guided_rows(config, model, config.eval.guidance_scale),
+  ]
+
+
+def sweep_rows(config: Config, model: spec.Model) -> list[Row]:
+  """Of a sweep: every budget at every number of steps, guidance at every scale."""
+  e = config.eval
+  steps = sorted({config.sample.steps, *e.sweep_steps}, reverse=True)
+  scales = sorted({e.guidance_scale, *e.sweep_scales})
+  return [
+    *(row for n in steps for row in plain_rows(config, model, n)),
+    *(row for scale in scales for row in guided_rows(config, model, scale)),
+  ]
+
+
+# --- programs -------------------------------------------------------------------------
+
+
+def samplers(
+  config: Config, model: spec.Model, rows: Sequence[Row], mesh: Mesh
+) -> dict[Plan, Callable[[], sample.Draw]]:
+  """How to compile the programs of rows, one for all that differ in numbers alone.
+
+  A program is named by the first of its plans; `program_of` finds that of a row.
+  """
+  return {
+    plans[0]: functools.partial(
+      sample.compile_sweep,
+      model,
+      plans,
+      config.sample.solver,
+      config.flow.path,
+      config.data.shape,
+      config.sample.batch_size,
+      mesh,
+    )
+    for plans in schedule.together(row.plan for row in rows)
+  }
+
+
+def program_of(
+  row: Row, rows: Sequence[Row], programs: Mapping[Any, sample.Draw]
+) -> Draw:
+  """How the samples of a row are drawn, by the programs of `samplers`."""
+  groups = schedule.together(other.plan for other in rows)
+  (first,) = (plans[0] for plans in groups if row.plan in plans)
+  program, plan = programs[first], row.plan
+
+  def draw(
+    params: Any, seed: int, index_n: np.ndarray, label_n: np.ndarray
+  ) -> np.ndarray:
+    return program(params, seed, index_n, label_n, plan)
+
+  return draw
+
+
+# --- samples --------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+  """Samples of a row as far as they were kept, what is seen in all of them, and the ms
+  an image of every timed batch. Only process 0 should ask for arrays.
+  """
+
+  row: Row
+  folder: pathlib.Path
+  labels: np.ndarray
+  ms: list[float]
+
+  def chunks(self, name: str) -> Iterator[np.ndarray]:
+    """One array of every batch, in order."""
+    for path in sorted(self.folder.glob("*.npz")):
+      with np.load(path) as chunk:
+        yield chunk[name]
+
+  def images(self) -> np.ndarray:
+    """What was kept of the samples, uint8 if they are pictures."""
+    return np.concatenate([*self.chunks("arr_0")])
+
+  def features(self) -> Features:
+    """What the instruments have seen, sample by sample."""
+    first = next(iter(sorted(self.folder.glob("*.npz"))))
+    with np.load(first) as chunk:
+      names = [name for name in chunk.files if name != "arr_0"]
+    return {name: np.concatenate([*self.chunks(name)]) for name in names}
+
+
+def draw_row(
+  config: Config,
+  row: Row,
+  draw: Draw,
+  decoder: autoencoder.Decoder | None,
+  instruments: Instruments | None,
+  params: Any,
+  folder: pathlib.Path,
+  keep: int,
+) -> Drawn | None:
+  """Draws the samples of a row that `folder` lacks, and measures them.
+
+  The first `keep` samples stay on disk beside what was seen. The first batch is the
+  warm-up; at least three more are timed, and drawn again where the row has too few.
+  None if a termination signal came.
+  """
+  size = config.sample.batch_size
+  labels = labels_of(config, row.count)
+  chunks = folder / files.stem(row.name)
+  firsts = range(0, row.count, size)
+
+  def find() -> list[int]:
+    return [first for first in firsts if not (chunks / f"{first:07d}.npz").exists()]
+
+  missing = distributed.on_leader(find)
+  progress = Progress(f"sample {row.name}", row.count, 1)
+  ms = []
+  for first in firsts:
+    if preemption.requested():
+      return None
+    index = np.arange(first, min(first + size, row.count))
+    if first in missing:
+      start = time.monotonic()
+      samples = draw(params, config.eval.seed, index, labels[index])
+      if first and len(index) == size:
+        ms.append(1e3 * (time.monotonic() - start) / size)
+      pictures = decoder.decode(samples) if decoder else samples
+      stored = files.as_stored(pictures, config.sample.uint8)
+      seen = instruments.look(stored) if instruments else {}
+      if distributed.is_leader():
+        with files.atomic(chunks / f"{first:07d}.npz") as partial:
+          np.savez(partial, arr_0=stored[: max(0, keep - first)], **seen)
+    progress.update(int(index[-1]) + 1)
+  # Every process has to draw as often as the others.
+  for _ in range(TIMED - distributed.on_leader(lambda: min(TIMED, len(ms)))):
+    start = time.monotonic()
+    full = sample.balanced_labels(size, config.model.classes)
+    draw(params, config.eval.seed, np.arange(size), full)
+    ms.append(1e3 * (time.monotonic() - start) / size)
+  return Drawn(row, chunks, labels, ms)
+
+
+def labels_of(config: Config, count: int) -> np.ndarray:
+  """The labels of a row's samples, by `eval.labels`; a prefix is that of a longer row's.
+
+  balanced: index modulo classes. random: drawn uniformly, as most papers sample.
+  """
+  return LABELS[config.eval.labels](count, config.model.classes, config.eval.seed)
+
+
+def _random_labels(count: int, classes: int, seed: int) -> np.ndarray:
+  drawn = np.random.Generator(np.random.Philox(seed)).random(count)
+  return (classes * drawn).astype(np.int32)
+
+
+LABELS: Mapping[str, Callable[[int, int, int], np.ndarray]] = {
+  "balanced": lambda count, classes, seed: sample.balanced_labels(count, classes),
+  "random": _random_labels,
+}
+
+
+def draw_rows(
+  config: Config,
+  model: spec.Model,
+  rows: Sequence[Row],
+  programs: Mapping[Any, Callable],
+  seen_by: tuple[autoencoder.Decoder | None, Instruments | None],
+  params: Any,
+  folder: pathlib.Path,
+  about: Mapping[str, Any],
+  keep: int = 0,
+  take: Callable[[Drawn], dict[str, Any]] = lambda drawn: {},
+) -> list[dict[str, Any]] | None:
+  """The figures of all rows, on process 0; what `take` makes of a row joins its own.
+
+  programs: of `samplers`. The rest is as of `draw_row` and `figures`; None if a
+  termination signal came.
+  """
+  table: list[dict[str, Any]] = []
+  decoder, instruments = seen_by
+  for row in rows:
+    draw = program_of(row, rows, programs)
+    drawn = draw_row(
+      config, row, draw, decoder, instruments, params, folder, keep
+    )
+    if drawn is None:
+      return None
+
+    def measured(row: Row = row, drawn: Drawn = drawn) -> None:
+      found = figures(config, model, row, drawn.ms, about)
+      found["metrics"] = instruments.score(drawn.features()) if instruments else {}
+      table.append(found | take(drawn))
+      logging.info("%s", protocol.summary(found))
+
+    distributed.on_leader(measured)
+  return table
+
+
+# --- figures --------------------------------------------------------------------------
+
+
+def figures(
+  config: Config,
+  model: spec.Model,
+  row: Row,
+  ms: Sequence[float],
+  about: Mapping[str, Any],
+) -> dict[str, Any]:
+  """What is known of a row besides its quality: budget, price, time and protocol.
+
+  about: the entries of the protocol that `protocol_of` cannot know.
+  """
+  shape, budget = config.data.shape, row.phase.budget
+  price = functools.partial(spec.flops, model, shape)
+  cost = plan_cost(
+    row.plan, stepper(config.sample.solver), process(config.flow.path), price
+  )
+  read = spec.find(model, spec.Read)
+  counts = denoiser.parameter_counts(model, shape)
+  counts.pop("position_table")
+  latents = spec.kept(read, budget) if isinstance(read, spec.Read) else None
+  return {
+    "name": row.name,
+    "kind": row.kind,
+    "budget": str(budget),
+    "steps": row.phase.steps,
+    "guidance_scale": row.phase.guidance.scale if row.phase.guidance else 1.0,
+    "latents_per_group": latents,
+    "core_tokens": spec.core_tokens(model, shape, budget),
+    "parameters": sum(counts.values()),
+    "gflops_per_image": cost.flops / 1e9,
+    "gflops_per_forward": price(budget) / 1e9,
+    "ms_per_image": float(np.median(ms)) if ms else None,
+    "ms_per_image_runs": list(ms),
+    "samples": row.count,
+    "protocol": protocol_of(config, row, cost.evaluations, about),
+  }
+
+
+def protocol_of(
+  config: Config, row: Row, evaluations: int, about: Mapping[str, Any]
+) -> dict[str, Any]:
+  """How a row was measured and what it is a row of: see elit_jax/eval/protocol.py.
+
+  about: {"measurement": ..., "subject": ...}, which go first.
+  """
+  guidance = row.phase.guidance
+  measurement = dict(about["measurement"]) | {
+    "samples": row.count,
+    "labels": config.eval.labels,
+    "uint8": config.sample.uint8,
+  }
+  subject = dict(about["subject"]) | {
+    "average": config.sample.ema,
+    "solver": config.sample.solver,
+    "steps": row.phase.steps,
+    "evaluations": evaluations,
+    "budget": str(row.phase.budget),
+    "guidance_scale": guidance.scale if guidance else 1.0,
+    "guidance_interval": [guidance.low, guidance.high] if guidance else None,
+    "guided_channels": guidance.channels if guidance else None,
+    "weak_label": guidance.label if guidance else None,
+    "weak_budget": str(row.phase.weak_budget) if guidance else None,
+    "seed": config.eval.seed,
+    "batch_size": config.sample.batch_size,
+    "dtype": config.model.dtype,
+    "matmul_precision": environment.matmul_precision(),
+    "device": jax.devices()[0].device_kind,
+    "code": environment.code_version(),
+    "config": protocol.identity(config_lib.to_json(config)),
+  }
+  return {
+    "identity": protocol.identity(measurement),
+    "measurement": measurement,
+    "subject": subject,
+  }
+
+
+def about(
+  step: int, decoder: autoencoder.Decoder | None, instruments: Instruments | None
+) -> dict[str, Any]:
+  """What a protocol says of the weights and of the instruments."""
+  return {
+    "subject": {
+      "checkpoint_step": step,
+      "decoder": decoder.identity if decoder else None,
+    },
+    "measurement": instruments.measurement if instruments else {},
+  }

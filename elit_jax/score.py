@@ -1,0 +1,233 @@
+"""`--mode=score` and `--mode=statistics`: of images that are there already.
+
+Both read the .npz of the ADM evaluation suite, or folders, zips and tars of pictures.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from elit_jax import config as config_lib
+from elit_jax import distributed, environment, files, measure, preemption, train
+from elit_jax.config import Config
+from elit_jax.errors import ConfigError
+from elit_jax.eval import protocol, statistics
+from elit_jax.eval.images import Images, read_images
+from elit_jax.eval.moments import Moments
+from elit_jax.eval.statistics import Statistics
+from elit_jax.logs import Progress
+
+KEPT = 10_000  # images that a reference holds: the ADM suite's number
+SAVE_SECONDS = 60.0  # between two savings of sums
+
+
+def run(config: Config, workdir: pathlib.Path, source: str | None) -> None:
+  """`--mode=score`: the config's metrics of images, in <workdir>/scores/<name>."""
+  if source is None:
+    raise ConfigError("--source is missing: an .npz or a folder of images to score")
+  _check_metrics(config)
+  path = pathlib.Path(source).expanduser()
+  images = distributed.together(lambda: read_images(path))
+  mesh = config_lib.make_mesh(config, config_lib.build_model(config))
+  distributed.open_folder(workdir)
+  opened = functools.partial(train.open_source, config)
+  instruments = measure.instruments(config, mesh, images.shape[1:], opened)
+  assert instruments is not None
+  folder = workdir / "scores" / files.stem(path.name)
+  settings = {
+    "source": str(path.absolute()),
+    "images": list(images.shape),
+    "measurement": instruments.measurement,
+  }
+  partial = _begin(folder.with_name(f"{folder.name}.partial"), settings)
+  seen = measure.features_of(
+    images, instruments.look, config.sample.batch_size, partial
+  )
+  if seen is None:
+    logging.info("termination signal: leaving, run again for the rest")
+    return
+
+  def finish() -> None:
+    measurement = dict(instruments.measurement) | {"samples": len(images)}
+    row = {
+      "name": path.name,
+      "samples": len(images),
+      "metrics": instruments.score(seen, str(path)),
+      "protocol": {
+        "identity": protocol.identity(measurement),
+        "measurement": measurement,
+        "subject": {"images": path.name, "code": environment.code_version()},
+      },
+    }
+    files.make_folder(folder)
+    files.write_json(folder / protocol.FILE, {"rows": [row]})
+    text = protocol.markdown([row])
+    (folder / "metrics.md").write_text(text, encoding="utf-8")
+    shutil.rmtree(partial)
+    logging.info("%s\n%s", folder, text)
+
+  distributed.on_leader(finish)
+
+
+def run_statistics(
+  config: Config, workdir: pathlib.Path, source: str | None, target: str | None
+) -> None:
+  """`--mode=statistics`: a reference from images, or from the training data if no
+  source is named, as an .npz in the layout of the ADM suite. A run cut short goes on.
+  """
+  if target is None:
+    raise ConfigError("--target is missing: the .npz that the statistics go to")
+  _check_metrics(config)
+  path = pathlib.Path(target).expanduser()
+  distributed.together(lambda: _check_new(path))
+  images = distributed.together(lambda: _images(config, source))
+  mesh = config_lib.make_mesh(config, config_lib.build_model(config))
+  distributed.open_folder(workdir)
+  look, identities = measure.looking(config, mesh, images.shape[1:])
+  about = {"features": identities, "images": images.title, "count": len(images)}
+  partial = _begin(workdir / f"{files.stem(path.name)}.partial", about)
+  made = _summed(images, look, config.sample.batch_size, partial)
+  if made is None:
+    logging.info("termination signal: leaving, run again for the rest")
+    return
+  sums, kept = made
+
+  def finish() -> None:
+    found = Statistics(
+      str(path),
+      moments={name: total.gaussian() for name, total in sums.items()},
+      about=about,
+    )
+    statistics.write(path, found, kept)
+    shutil.rmtree(partial)
+    logging.info("statistics of %s images in %s", f"{len(images):,}", path)
+
+  distributed.on_leader(finish)
+
+
+def _check_metrics(config: Config) -> None:
+  if not config.eval.metrics:
+    raise ConfigError(
+      "config.eval.metrics is empty: name what is to be measured, such as fid"
+    )
+
+
+def _check_new(path: pathlib.Path) -> None:
+  if path.suffix != ".npz":
+    raise ConfigError(f"--target is {path}: statistics are an .npz")
+  if path.exists():
+    raise ConfigError(f"{path} is there already: move it away, or give another name")
+  files.make_folder(path.parent)
+
+
+def _images(config: Config, source: str | None) -> Images:
+  if source is not None:
+    return read_images(pathlib.Path(source).expanduser())
+  return measure.source_images(train.open_source(config), config)
+
+
+def _begin(folder: pathlib.Path, settings: Mapping[str, Any]) -> pathlib.Path:
+  """A folder for what is half done, empty unless it was begun with these settings."""
+  settings = json.loads(json.dumps(settings))
+
+  def open_folder() -> None:
+    path = folder / "config.json"
+    try:
+      same = path.exists() and files.read_json(path) == settings
+    except ConfigError:  # cut short
+      same = False
+    if not same:
+      shutil.rmtree(folder, ignore_errors=True)
+    files.make_folder(folder)
+    files.write_json(path, settings)
+
+  distributed.on_leader(open_folder)
+  distributed.check_shared(folder)
+  return folder
+
+
+@dataclasses.dataclass(eq=False)
+class _Sums:
+  """Sums over the images seen so far, and where they are kept on disk."""
+
+  path: pathlib.Path
+  done: int
+  moments: dict[str, Moments]
+
+  @classmethod
+  def load(cls, path: pathlib.Path) -> "_Sums":
+    if not path.exists():
+      return cls(path, 0, {})
+    with np.load(path) as stored:
+      names = [n.removeprefix("total_") for n in stored.files if n.startswith("total_")]
+      done = int(stored["done"])
+      moments = {
+        n: Moments(done, stored[f"total_{n}"], stored[f"outer_{n}"]) for n in names
+      }
+    return cls(path, done, moments)
+
+  def add(self, seen: measure.Features) -> None:
+    for name, x_NE in seen.items():
+      self.moments.setdefault(name, Moments.zeros(x_NE.shape[1])).add(x_NE)
+      length = len(x_NE)
+    self.done += length
+
+  def save(self) -> None:
+    arrays = {f"total_{name}": m.total_E for name, m in self.moments.items()}
+    arrays |= {f"outer_{name}": m.outer_EE for name, m in self.moments.items()}
+    with files.atomic(self.path) as partial:
+      np.savez(partial, done=self.done, **arrays)
+
+
+def _summed(
+  images: Images, look: measure.Look, size: int, folder: pathlib.Path
+) -> tuple[dict[str, Moments], Images] | None:
+  """Moments of all outputs over all images, and KEPT of the images, chosen by their
+  number alone; None if a termination signal came. Process 0 has the sums.
+  """
+  leader = distributed.is_leader()
+  sums = _Sums.load(folder / "sums.npz") if leader else _Sums(folder, 0, {})
+  done = distributed.on_leader(lambda: sums.done)
+  rng = np.random.Generator(np.random.Philox(0))
+  chosen = rng.permutation(len(images))[:KEPT]
+  chosen.sort()
+  shape = (len(chosen), *images.shape[1:])
+  store = folder / "images.npy"
+  if leader:
+    kept = np.lib.format.open_memmap(
+      store, "r+" if done else "w+", np.uint8, None if done else shape
+    )
+  progress = Progress("features", len(images), 1)
+  saved = time.monotonic()
+  for batch in images.batches(size, done):
+    if preemption.requested():
+      if leader:
+        kept.flush()
+        sums.save()
+      return None
+    seen = look(batch)
+    if leader:
+      sums.add(seen)
+      here = slice(*np.searchsorted(chosen, [done, done + len(batch)]))
+      kept[here] = batch[chosen[here] - done]
+      if time.monotonic() - saved > SAVE_SECONDS:
+        kept.flush()
+        sums.save()
+        saved = time.monotonic()
+    done += len(batch)
+    progress.update(done)
+
+  def read(size: int, start: int) -> Iterator[np.ndarray]:
+    whole = np.load(store, mmap_mode="r")
+    for first in range(start, len(whole), size):
+      yield np.asarray(whole[first : first + size])
+
+  return sums.moments, Images(images.title, shape, None, read)

@@ -1,0 +1,106 @@
+"""Protocols: what may be compared, and what is said where it may not."""
+
+import json
+
+import pytest
+
+from elit_jax.errors import ConfigError
+from elit_jax.eval import protocol
+
+
+def make_row(name: str = "k4", fid: float = 3.25, samples: int = 500, **measured) -> dict:
+  measurement = {
+    "features": {"inception": {"sha256": "67ab"}},
+    "reference": "1f2e",
+    "samples": samples,
+    "labels": "balanced",
+  } | measured
+  return {
+    "name": name,
+    "samples": samples,
+    "gflops_per_image": 12.3456,
+    "metrics": {"fid": {"value": fid, "standard_error": 0.02, "n": samples}},
+    "protocol": {
+      "identity": protocol.identity(measurement),
+      "measurement": measurement,
+      "subject": {"budget": name, "solver": "euler", "checkpoint_step": 7},
+    },
+  }
+
+
+def write(path, *rows) -> str:
+  path.write_text(json.dumps({"rows": list(rows)}))
+  return str(path)
+
+
+def test_identity_is_of_content_not_of_order():
+  a = {"x": 1, "y": {"z": [2]}}
+  assert protocol.identity(a) == protocol.identity({"y": {"z": [2]}, "x": 1})
+  assert protocol.identity(a) != protocol.identity({"x": 1, "y": {"z": [3]}})
+
+
+def test_differences_name_every_entry():
+  a, b = (make_row(labels=labels)["protocol"]["measurement"] for labels in ("a", "b"))
+  assert protocol.differences(a, a) == []
+  assert protocol.differences(a, b) == ["labels: 'a' against 'b'"]
+  b = {**a, "features": {"inception": {"sha256": "00"}}, "more": 1}
+  assert protocol.differences(a, b) == [
+    "features.inception.sha256: '67ab' against '00'",
+    "more: None against 1",
+  ]
+
+
+@pytest.mark.parametrize(
+  ("value", "error", "text"),
+  [
+    (3.94261, None, "3.943"),
+    (215.842, 1.234, "215.84 ± 1.23"),
+    (3.94261, 0.0216, "3.943 ± 0.022"),
+    (0.82649, 0.00031, "0.8265 ± 0.0003"),
+  ],
+)
+def test_a_figure_has_the_digits_of_its_error(value, error, text):
+  assert protocol.figure({"value": value, "standard_error": error}) == text
+
+
+def test_a_line_of_a_table_carries_its_protocol():
+  rows = [make_row("k4"), make_row("k1", 8.5)]
+  text = protocol.markdown(rows)
+  name = rows[0]["protocol"]["identity"]
+  assert f"| k1 | 8.500 ± 0.020 | 500 | 12.35 | {name} |" in text
+  assert text.count(f"Protocol {name}: ") == 1
+  assert "features.inception.sha256 67ab" in text
+  assert "All rows: solver euler; checkpoint_step 7." in text  # and no budget
+
+
+def test_rows_of_one_measurement_share_a_table(tmp_path, capsys):
+  a = write(tmp_path / "a.json", make_row("k4"))
+  (tmp_path / "b").mkdir()
+  write(tmp_path / "b/metrics.json", make_row("k1"))
+  assert protocol.main([a, str(tmp_path / "b")]) == 0
+  out = capsys.readouterr().out
+  assert out.count("| row |") == 1 and "k4 (" in out and "k1 (" in out
+  assert "Not to be compared" not in out
+
+
+def test_rows_of_two_measurements_are_kept_apart_and_told_why(tmp_path, capsys):
+  a = write(tmp_path / "a.json", make_row("k4"))
+  b = write(tmp_path / "b.json", make_row("k4", samples=200), make_row("k1", labels="r"))
+  assert protocol.main([a, b]) == 1
+  out = capsys.readouterr().out
+  assert out.count("| row |") == 3
+  assert "differ in samples: 500 against 200." in out
+  assert "differ in labels: 'balanced' against 'r'." in out
+
+
+def test_what_holds_no_rows_is_refused(tmp_path, capsys):
+  path = tmp_path / "a.json"
+  for text in ("{}", '{"rows": [{"name": "k4"}]}', "[", '{"rows": 3}'):
+    path.write_text(text)
+    assert protocol.main([str(path)]) == 2
+  assert protocol.main([str(tmp_path / "none.json")]) == 2
+  errors = capsys.readouterr().err.splitlines()
+  assert len(errors) == 5 and all(line.startswith("error: ") for line in errors)
+  with pytest.raises(ConfigError, match="no rows"):
+    path.write_text("{}")
+    protocol.read(path)
