@@ -245,6 +245,7 @@ def shipped_files() -> list[str]:
 def text_files() -> list[str]:
   """All but pictures and arrays; a new kind of binary file is named here."""
   binary = (".png", ".jpg", ".jpeg", ".gif", ".npz", ".npy", ".pdf", ".ico")
+  binary += (".safetensors",)
   return [name for name in project_files() if not name.lower().endswith(binary)]
 
 

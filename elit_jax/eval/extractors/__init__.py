@@ -1,0 +1,1 @@
+"""Networks whose features metrics are made of: a file each, found by features.py."""
