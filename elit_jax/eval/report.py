@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine, LayoutEngine
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter
 
 from elit_jax.errors import ConfigError
+from elit_jax.eval import drawing
 from elit_jax.files import atomic, to_uint8
 
 ROW_KEYS = (
@@ -43,7 +42,6 @@ ROW_KEYS = (
   "samples",
   "protocol",
 )
-_PLAIN_COLOUR = "#1f5fa8"
 _GUIDED_STYLES = (
   ("s", "#d1495b"),
   ("^", "#e08e1b"),
@@ -52,16 +50,13 @@ _GUIDED_STYLES = (
 )
 
 
-DPI = 150
-
-
 def row_caption(row: Mapping) -> str:
   """Three lines for the grid: the row's name, its latents, and what an image costs."""
   latents = row["latents_per_group"]
+  gflops, ms = map(drawing.number, (row["gflops_per_image"], row["ms_per_image"]))
   return (
     f"{row['name']}\n{latents} latent{'' if latents == 1 else 's'} a group\n"
-    f"{_number(row['gflops_per_image'])} GFLOPs, {_number(row['ms_per_image'])} ms "
-    "an image"
+    f"{gflops} GFLOPs, {ms} ms an image"
   )
 
 
@@ -121,7 +116,7 @@ def grid_png(
 
   # Inches; an image gets a pixel for each of its own, up to 256.
   cell, left, right, top, bottom = (
-    max(0.72, min(width, 256) / DPI),
+    max(0.72, min(width, 256) / drawing.DPI),
     2.15,
     0.15,
     0.72,
@@ -129,7 +124,7 @@ def grid_png(
   )
   inner_x, inner_y = canvas.shape[1] * cell / width, canvas.shape[0] * cell / width
   size_x, size_y = left + inner_x + right, top + inner_y + bottom
-  figure = _figure((size_x, size_y))
+  figure = drawing.figure((size_x, size_y))
   axes = figure.add_axes(
     (left / size_x, bottom / size_y, inner_x / size_x, inner_y / size_y)
   )
@@ -151,7 +146,7 @@ def grid_png(
     axes.text(-2 * gap, y, name, style, fontsize=10, weight="bold")
     y += 14 * point
     axes.text(-2 * gap, y, rest, style, fontsize=7.5, linespacing=1.3)
-  _save(figure, path)
+  drawing.save(figure, path)
 
 
 def tradeoff_png(
@@ -168,7 +163,7 @@ def tradeoff_png(
   guided = [row for row in rows if row["kind"] != "plain"]
   if not plain:
     raise ConfigError("the trade-off needs at least one row of kind 'plain', got none")
-  figure = _figure((10, 8), ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+  figure = drawing.figure((10, 8), ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
   figure.suptitle(
     "One model, many budgets: quality against compute", fontsize=14, weight="bold"
   )
@@ -205,7 +200,7 @@ def tradeoff_png(
         label=f"real, held-out images ({100 * ceiling:.1f} %)",
       )
     share_axes.set_xlabel(cost_label)
-    _scale_cost(share_axes, [row[cost] for row in rows])
+    drawing.scale_cost(share_axes, [row[cost] for row in rows])
   panels[0, 0].set_ylabel("validation loss  (lower is better)")
   panels[1, 0].set_ylabel("samples recognised  (higher is better)")
   panels[1, 0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.4g} %"))
@@ -227,7 +222,7 @@ def tradeoff_png(
     fontsize=9,
   )
   figure.align_ylabels()
-  _save(figure, path)
+  drawing.save(figure, path)
 
 
 def report_table(rows: Sequence[Mapping], reference: Mapping | None = None) -> str:
@@ -245,11 +240,11 @@ def report_table(rows: Sequence[Mapping], reference: Mapping | None = None) -> s
     lines.append(
       (
         row["name"],
-        _number(row["latents_per_group"]),
-        _number(row["core_tokens"]),
+        drawing.number(row["latents_per_group"]),
+        drawing.number(row["core_tokens"]),
         f"{row['parameters']:,}",
-        _number(row["gflops_per_image"]),
-        _number(row["ms_per_image"]),
+        drawing.number(row["gflops_per_image"]),
+        drawing.number(row["ms_per_image"]),
         _loss(row),
         _percent(row["recognised"]),
         _fixed(row["frechet_raw_pixels"], 3),
@@ -284,7 +279,7 @@ def write_report(directory: str | os.PathLike, report: Mapping) -> Path:
       raise ConfigError(f"row {row.get('name')!r} of the report lacks {missing}")
     rows.append({key: row[key] for key in ROW_KEYS} | dict(row))
   path = Path(directory) / "report.json"
-  text = json.dumps(_plain({**report, "rows": rows}), indent=2, allow_nan=False)
+  text = json.dumps(drawing.plain({**report, "rows": rows}), indent=2, allow_nan=False)
   with atomic(path) as partial:
     partial.write_text(text + "\n", encoding="utf-8")
   return path
@@ -298,7 +293,7 @@ def _draw_curve(axes: Axes, rows: Sequence[Mapping], cost: str, value: str) -> N
     cost,
     value,
     label="plain sampling, one point a budget",
-    color=_PLAIN_COLOUR,
+    color=drawing.PLAIN_COLOUR,
     marker="o",
     markersize=6,
     linestyle="-",
@@ -316,7 +311,7 @@ def _draw_curve(axes: Axes, rows: Sequence[Mapping], cost: str, value: str) -> N
         textcoords="offset points",
         va="bottom" if above else "top",
         fontsize=9,
-        color=_PLAIN_COLOUR,
+        color=drawing.PLAIN_COLOUR,
         zorder=5,
         path_effects=[withStroke(linewidth=3, foreground="white")],
       )
@@ -350,15 +345,6 @@ def _draw_points(
     elinewidth=1,
     **style,
   )
-
-
-def _scale_cost(axes: Axes, costs: Sequence[float]) -> None:
-  if min(costs) <= 0 or max(costs) < 6 * min(costs):
-    axes.set_xlim(left=0)
-    return
-  axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
-  axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _styles(count: int) -> list[tuple[str, str]]:
@@ -407,42 +393,9 @@ def _loss(row: Mapping) -> str:
   return f"{loss:.4f}" + (f" +- {error:.4f}" if error is not None else "")
 
 
-def _number(value: float | None) -> str:
-  """Three significant digits, whole numbers in full, never an exponent above 1e-4."""
-  if value is None:
-    return "-"
-  if value == int(value) or abs(value) >= 100:
-    return f"{value:,.0f}"
-  return f"{value:.3g}"
-
-
 def _fixed(value: float | None, decimals: int) -> str:
   return "-" if value is None else f"{value:.{decimals}f}"
 
 
 def _percent(value: float | None) -> str:
   return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _plain(value: Any) -> Any:
-  """`value` as what JSON knows."""
-  if isinstance(value, Mapping):
-    return {str(key): _plain(item) for key, item in value.items()}
-  if isinstance(value, np.ndarray | np.generic):
-    return _plain(value.tolist())
-  if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
-  if isinstance(value, float):
-    return value if math.isfinite(value) else None
-  return value
-
-
-def _figure(size: tuple[float, float], layout: LayoutEngine | None = None) -> Figure:
-  figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout=layout)
-  FigureCanvasAgg(figure)
-  return figure
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-  with atomic(path) as partial:
-    figure.savefig(partial, format="png")
