@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
-from elit_jax.sampling import sampler
+from elit_jax.sampling import sampler, schedule
 from elit_jax.sampling.cost import plan_cost
 from elit_jax.sampling.guidance import At, Cache, Predict
 from elit_jax.sampling.plan import Plan
@@ -31,7 +31,8 @@ Params = dict[str, Any]
 NAMED_CLASSES = 8  # in the name of a folder, at most
 SHOWN = 16  # samples of a budget in the picture, at most
 
-SampleFn = Callable[[Params, jax.Array, jax.Array, jax.Array], jax.Array]
+SampleFn = Callable[..., jax.Array]  # (params, key, index (B,), label (B,), ...)
+Draw = Callable[..., np.ndarray]  # (params, seed, index (n,), label (n,), ...)
 
 
 def network(model: spec.Model, params: Params, budget: Budget) -> Predict:
@@ -53,33 +54,51 @@ def sample_fn(
 
   A sample depends on the key, its index and its label alone.
   """
+  made, way = stepper(solver), process(path)
+  follow = follow_fn(model, schedule.forms_of(plan, made, way), solver, shape)
+  return functools.partial(
+    follow, numbers=schedule.schedules(plan, made, way, model.prediction)
+  )
+
+
+def follow_fn(
+  model: spec.Model,
+  forms: Sequence[schedule.Form],
+  solver: str,
+  shape: tuple[int, ...],
+) -> SampleFn:
+  """The same for any plan of these forms, by its numbers: a schedule a phase."""
 
   def run(
-    params: Params, key: jax.Array, index_B: jax.Array, label_B: jax.Array
+    params: Params,
+    key: jax.Array,
+    index_B: jax.Array,
+    label_B: jax.Array,
+    numbers: Sequence[schedule.Schedule],
   ) -> jax.Array:
     x, noise = sampler.initial_noise(key, index_B, shape)
-    return sampler.sample(
-      plan,
+    return sampler.follow(
+      forms,
+      numbers,
       stepper(solver),
-      process(path),
       functools.partial(network, model, params),
       functools.partial(denoiser.null_labels, model),
       x,
       label_B,
       noise,
-      model.prediction,
     )
 
   return run
 
 
 def compile_sampler(
-  fn: SampleFn, model: spec.Model, batch_size: int, mesh: Mesh
-) -> Callable[[Params, int, np.ndarray, np.ndarray], np.ndarray]:
+  fn: SampleFn, model: spec.Model, batch_size: int, mesh: Mesh, *more: Any
+) -> Draw:
   """Compiles `fn` for one batch size, split over the mesh.
 
   Returns (params, seed, index (n,), label (n,)) to host images (n, *shape), the same on
-  all processes; n may be smaller than the batch, which is then padded.
+  all processes; n may be smaller than the batch, which is then padded. `more` arrays
+  are arguments of both after these, whole on every device; here their shapes count.
   """
   size = sharding.round_up(batch_size, mesh)
   rows = jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding.split(mesh))
@@ -87,22 +106,64 @@ def compile_sampler(
   params = sharding.place(mesh, denoiser.abstract_params(model))
   seed = jax.ShapeDtypeStruct((), np.uint32, sharding=everywhere)
 
-  def from_seed(
-    params: Params, seed: jax.Array, index_B: jax.Array, label_B: jax.Array
-  ) -> jax.Array:
-    return fn(params, jax.random.key(seed), index_B, label_B)
+  def from_seed(params: Params, seed: jax.Array, *rest: Any) -> jax.Array:
+    return fn(params, jax.random.key(seed), *rest)
 
   jitted = jax.jit(sharding.on_mesh(mesh, from_seed), out_shardings=everywhere)
-  compiled = jitted.lower(params, seed, rows, rows).compile()
+  shapes = sharding.abstract(more, everywhere)
+  compiled = jitted.lower(params, seed, rows, rows, *shapes).compile()
 
   def run(
-    params: Params, seed: int, index_n: np.ndarray, label_n: np.ndarray
+    params: Params, seed: int, index_n: np.ndarray, label_n: np.ndarray, *more: Any
   ) -> np.ndarray:
     pad = size - len(index_n)
     batch = [np.pad(a.astype(np.int32), (0, pad)) for a in (index_n, label_n)]
     index_B, label_B = (sharding.put_whole(mesh, a) for a in batch)
-    images = compiled(params, np.uint32(seed), index_B, label_B)
+    images = compiled(params, np.uint32(seed), index_B, label_B, *more)
     return np.asarray(images)[: len(index_n)]
+
+  return run
+
+
+def compile_sweep(
+  model: spec.Model,
+  plans: Sequence[Plan],
+  solver: str,
+  path: str,
+  shape: tuple[int, ...],
+  batch_size: int,
+  mesh: Mesh,
+) -> Draw:
+  """One program for plans that differ in numbers of steps, scales and intervals alone.
+
+  Returns (params, seed, index (n,), label (n,), plan) to what the plan's own program
+  draws, to rounding. The plan may be another than those given, with no more steps than
+  the longest of them, guided as they are. ConfigError for plans that cannot share a
+  program; `schedule.together` sorts them.
+  """
+  if not plans:
+    raise ConfigError("a sweep has no plans: give at least one")
+  made, way = stepper(solver), process(path)
+  forms = schedule.common([schedule.forms_of(plan, made, way) for plan in plans])
+  most = [max(phase.steps for phase in phases) for phases in zip(*plans, strict=True)]
+
+  @functools.cache
+  def numbers(plan: Plan) -> tuple[schedule.Schedule, ...]:
+    wanted = schedule.common([forms, schedule.forms_of(plan, made, way)])
+    if wanted != forms:
+      raise ConfigError(
+        "a plan needs evaluations with or without guidance, for which this program was "
+        "not compiled: give such a plan when it is"
+      )
+    return schedule.schedules(plan, made, way, model.prediction, most)
+
+  follow = follow_fn(model, forms, solver, shape)
+  draw = compile_sampler(follow, model, batch_size, mesh, numbers(plans[0]))
+
+  def run(
+    params: Params, seed: int, index_n: np.ndarray, label_n: np.ndarray, plan: Plan
+  ) -> np.ndarray:
+    return draw(params, seed, index_n, label_n, numbers(plan))
 
   return run
 
@@ -250,10 +311,10 @@ def folder_name(config: Config, budget: str) -> str:
 
 def compile_plans(
   config: Config, model: spec.Model, plans: Mapping[str, Plan], mesh: Mesh
-) -> dict[str, Callable[[Params, int, np.ndarray, np.ndarray], np.ndarray]] | None:
+) -> dict[str, Draw] | None:
   """The sampler of every plan, compiled side by side; None after a signal."""
 
-  def compile_one(plan: Plan) -> Callable:
+  def compile_one(plan: Plan) -> Draw:
     fn = sample_fn(
       model, plan, config.sample.solver, config.flow.path, config.data.shape
     )

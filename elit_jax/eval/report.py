@@ -17,14 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine, LayoutEngine
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter
 
 from elit_jax.errors import ConfigError
-from elit_jax.eval import protocol
+from elit_jax.eval import drawing, protocol
 from elit_jax.eval.metrics import METRICS
 from elit_jax.files import atomic, to_uint8
 
@@ -46,7 +44,6 @@ ROW_KEYS = (
   "protocol",
 )
 OF_LOSS = ("validation_loss", "validation_loss_se", "validation_loss_paired_se")
-_PLAIN_COLOUR = "#1f5fa8"
 _GUIDED_STYLES = (
   ("s", "#d1495b"),
   ("^", "#e08e1b"),
@@ -55,15 +52,13 @@ _GUIDED_STYLES = (
 )
 
 
-DPI = 150
-
 
 def row_caption(row: Mapping) -> str:
   """Three lines for the grid: the row's name, its latents, and what an image costs."""
   latents = row["latents_per_group"]
   return (
     f"{row['name']}\n{latents} latent{'' if latents == 1 else 's'} a group\n"
-    f"{_number(row['gflops_per_image'])} GFLOPs, {_number(row['ms_per_image'])} ms "
+    f"{drawing.number(row['gflops_per_image'])} GFLOPs, {drawing.number(row['ms_per_image'])} ms "
     "an image"
   )
 
@@ -124,7 +119,7 @@ def grid_png(
 
   # Inches; an image gets a pixel for each of its own, up to 256.
   cell, left, right, top, bottom = (
-    max(0.72, min(width, 256) / DPI),
+    max(0.72, min(width, 256) / drawing.DPI),
     2.15,
     0.15,
     0.72,
@@ -132,7 +127,7 @@ def grid_png(
   )
   inner_x, inner_y = canvas.shape[1] * cell / width, canvas.shape[0] * cell / width
   size_x, size_y = left + inner_x + right, top + inner_y + bottom
-  figure = _figure((size_x, size_y))
+  figure = drawing.figure((size_x, size_y))
   axes = figure.add_axes(
     (left / size_x, bottom / size_y, inner_x / size_x, inner_y / size_y)
   )
@@ -154,7 +149,7 @@ def grid_png(
     axes.text(-2 * gap, y, name, style, fontsize=10, weight="bold")
     y += 14 * point
     axes.text(-2 * gap, y, rest, style, fontsize=7.5, linespacing=1.3)
-  _save(figure, path)
+  drawing.save(figure, path)
 
 
 def tradeoff_png(
@@ -172,7 +167,7 @@ def tradeoff_png(
   if not plain:
     raise ConfigError("the trade-off needs at least one row of kind 'plain', got none")
   below = _quality(rows, reference or {})
-  figure = _figure((10, 8), ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+  figure = drawing.figure((10, 8), ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
   figure.suptitle(
     "One model, many budgets: quality against compute", fontsize=14, weight="bold"
   )
@@ -188,7 +183,7 @@ def tradeoff_png(
       _draw_quality(column[1], plain, guided, cost, below)
     column[-1].set_xlabel(cost_label)
     shown = rows if below else plain
-    _scale_cost(column[-1], [row[cost] for row in shown])
+    drawing.scale_cost(column[-1], [row[cost] for row in shown])
   panels[0, 0].set_ylabel("validation loss  (lower is better)")
   notes = (
     "Vertical bars: one standard error; for the loss, of its difference\n"
@@ -213,7 +208,7 @@ def tradeoff_png(
     fontsize=9,
   )
   figure.align_ylabels()
-  _save(figure, path)
+  drawing.save(figure, path)
 
 
 class Quantity(NamedTuple):
@@ -305,11 +300,11 @@ def _columns(rows: Sequence[Mapping]) -> list[Column]:
   """What the rows have something to say about."""
   found = [
     Column("", "row", lambda row: row["name"]),
-    Column("latents", "a group", lambda row: _number(row["latents_per_group"])),
-    Column("core", "tokens", lambda row: _number(row["core_tokens"])),
+    Column("latents", "a group", lambda row: drawing.number(row["latents_per_group"])),
+    Column("core", "tokens", lambda row: drawing.number(row["core_tokens"])),
     Column("para-", "meters", lambda row: f"{row['parameters']:,}"),
-    Column("GFLOPs", "an image", lambda row: _number(row["gflops_per_image"])),
-    Column("ms", "an image", lambda row: _number(row["ms_per_image"])),
+    Column("GFLOPs", "an image", lambda row: drawing.number(row["gflops_per_image"])),
+    Column("ms", "an image", lambda row: drawing.number(row["ms_per_image"])),
   ]
   if any(row.get("validation_loss") is not None for row in rows):
     found.append(Column("validation", "loss", _loss))
@@ -365,7 +360,7 @@ def write_report(directory: str | os.PathLike, report: Mapping) -> Path:
       raise ConfigError(f"row {row.get('name')!r} of the report lacks {missing}")
     rows.append({key: row[key] for key in ROW_KEYS} | dict(row))
   path = Path(directory) / protocol.FILE
-  text = json.dumps(_plain({**report, "rows": rows}), indent=2, allow_nan=False)
+  text = json.dumps(drawing.plain({**report, "rows": rows}), indent=2, allow_nan=False)
   with atomic(path) as partial:
     partial.write_text(text + "\n", encoding="utf-8")
   return path
@@ -381,7 +376,7 @@ def _draw_curve(
     cost,
     quantity,
     label="plain sampling, one point a budget",
-    color=_PLAIN_COLOUR,
+    color=drawing.PLAIN_COLOUR,
     marker="o",
     markersize=6,
     linestyle="-",
@@ -398,7 +393,7 @@ def _draw_curve(
         textcoords="offset points",
         va="bottom" if quantity.falls else "top",
         fontsize=9,
-        color=_PLAIN_COLOUR,
+        color=drawing.PLAIN_COLOUR,
         zorder=5,
         path_effects=[withStroke(linewidth=3, foreground="white")],
       )
@@ -430,14 +425,6 @@ def _draw_points(
     **style,
   )
 
-
-def _scale_cost(axes: Axes, costs: Sequence[float]) -> None:
-  if min(costs) <= 0 or max(costs) < 6 * min(costs):
-    axes.set_xlim(left=0)
-    return
-  axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
-  axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _styles(count: int) -> list[tuple[str, str]]:
@@ -487,14 +474,6 @@ def _loss(row: Mapping) -> str:
   return f"{loss:.4f}" + (f" +- {error:.4f}" if error is not None else "")
 
 
-def _number(value: float | None) -> str:
-  """Three significant digits, whole numbers in full, never an exponent above 1e-4."""
-  if value is None:
-    return "-"
-  if value == int(value) or abs(value) >= 100:
-    return f"{value:,.0f}"
-  return f"{value:.3g}"
-
 
 def _fixed(value: float | None, decimals: int) -> str:
   return "-" if value is None else f"{value:.{decimals}f}"
@@ -502,27 +481,3 @@ def _fixed(value: float | None, decimals: int) -> str:
 
 def _percent(value: float | None) -> str:
   return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _plain(value: Any) -> Any:
-  """`value` as what JSON knows."""
-  if isinstance(value, Mapping):
-    return {str(key): _plain(item) for key, item in value.items()}
-  if isinstance(value, np.ndarray | np.generic):
-    return _plain(value.tolist())
-  if isinstance(value, list | tuple):
-    return [_plain(item) for item in value]
-  if isinstance(value, float):
-    return value if math.isfinite(value) else None
-  return value
-
-
-def _figure(size: tuple[float, float], layout: LayoutEngine | None = None) -> Figure:
-  figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout=layout)
-  FigureCanvasAgg(figure)
-  return figure
-
-
-def _save(figure: Figure, path: str | os.PathLike) -> None:
-  with atomic(path) as partial:
-    figure.savefig(partial, format="png")

@@ -70,11 +70,6 @@ class Phase:
 Plan = tuple[Phase, ...]
 
 
-def guided_channels(guidance: Guidance, channels: int) -> int:
-  """How many of a sample's channels are guided, from the first one on."""
-  return min(3, channels) if guidance.channels == "three" else channels
-
-
 def guided_at(guidance: Guidance | None, t: np.ndarray) -> np.ndarray:
   """Which evaluations are guided: scale > 1 and low <= t <= high, in float64."""
   if guidance is None or guidance.scale == 1:

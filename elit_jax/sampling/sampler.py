@@ -1,15 +1,14 @@
-"""Runs a plan: one scan a phase, whatever the guidance, solver or network."""
+"""Runs a plan: one loop a phase, whatever the guidance, solver or network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from elit_jax.budget import Budget
 from elit_jax.flow.process import Prediction, Process
 from elit_jax.sampling.guidance import (
-  At,
+  Cache,
   Null,
   Predict,
   guided,
@@ -17,8 +16,9 @@ from elit_jax.sampling.guidance import (
   unconditional,
   where_guided,
 )
-from elit_jax.sampling.plan import Phase, Plan, guided_at, guided_channels
-from elit_jax.sampling.step import Now, Stepper, on_device
+from elit_jax.sampling.plan import Plan
+from elit_jax.sampling.schedule import Form, Schedule, forms_of, schedules
+from elit_jax.sampling.step import Now, Stepper
 
 Network = Callable[[Budget], Predict]
 Noise = Callable[[jax.Array], jax.Array]
@@ -41,60 +41,70 @@ def sample(
   condition; noise(i) is the noise of step i of the whole plan, shaped like x
   (stochastic solvers only).
   """
-  times = stepper.times(process, sum(phase.steps for phase in plan))
-  coefficients = stepper.coefficients(process, prediction, times)
-  evaluated = stepper.evaluated(times)
-  first = 0
-  for phase in plan:
-    span = slice(first, first + phase.steps)
-    guided_SE = guided_at(phase.guidance, evaluated[span])
-    scale = phase.guidance.scale if phase.guidance else 1.0
-    scale_SE = np.full(guided_SE.shape, scale)
-    at = At(*on_device((evaluated[span], scale_SE, guided_SE)))
-    predict = phase_predict(phase, network, null, guided_SE, x.shape[-1])
-    rows = {name: column[span] for name, column in coefficients.items()}
-    index = np.arange(first, first + phase.steps, dtype=np.int32)
-    x = _scan(stepper, predict, x, cond, noise, (at, *on_device((rows, index))))
-    first += phase.steps
+  forms = forms_of(plan, stepper, process)
+  numbers = schedules(plan, stepper, process, prediction)
+  return follow(forms, numbers, stepper, network, null, x, cond, noise)
+
+
+def follow(
+  forms: Sequence[Form],
+  numbers: Sequence[Schedule],
+  stepper: Stepper,
+  network: Network,
+  null: Null,
+  x: jax.Array,
+  cond: jax.Array,
+  noise: Noise,
+) -> jax.Array:
+  """The same by the forms and schedules of a plan.
+
+  Schedules that are arguments of the program make it one for all plans of these forms
+  that have no more steps than they have rows.
+  """
+  for form, schedule in zip(forms, numbers, strict=True):
+    predict = form_predict(form, network, null, x.shape[-1])
+    x = _loop(stepper, predict, x, cond, noise, schedule)
   return x
 
 
-def phase_predict(
-  phase: Phase, network: Network, null: Null, guided_SE: np.ndarray, channels: int
-) -> Predict:
+def form_predict(form: Form, network: Network, null: Null, channels: int) -> Predict:
   """The network of a phase under its guidance, specialised to what is ever needed.
 
   channels: of a sample.
   """
-  strong = network(phase.budget)
-  if phase.guidance is None or not guided_SE.any():
+  strong = network(form.budget)
+  if form.weak is None:
     return strong
-  first = guided_channels(phase.guidance, channels)
-  if phase.guidance.label == "null" and phase.weak_budget == phase.budget:
+  first = min(3, channels) if form.channels == "three" else channels
+  if form.label == "null" and form.weak == form.budget:
     both = guided_jointly(strong, null, first)
   else:
-    weak = network(phase.weak_budget)
-    if phase.guidance.label == "null":
+    weak = network(form.weak)
+    if form.label == "null":
       weak = unconditional(weak, null)
     both = guided(strong, weak, first)
-  return both if guided_SE.all() else where_guided(both, strong)
+  return both if form.always else where_guided(both, strong)
 
 
-def _scan(
+def _loop(
   stepper: Stepper,
   predict: Predict,
   x: jax.Array,
   cond: jax.Array,
   noise: Noise,
-  steps: tuple[At, dict[str, jax.Array], jax.Array],
+  schedule: Schedule,
 ) -> jax.Array:
-  def body(carry: tuple, step: tuple) -> tuple[tuple, None]:
-    cache, x = carry
-    at, coefficients, index = step
-    now = Now(at, coefficients, lambda: noise(index))
-    return stepper.step(predict, cache, x, now, cond), None
+  *rows, live = schedule
 
-  (_, x), _ = jax.lax.scan(body, ((), x), steps)
+  def body(i: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+    at, coefficients, index = jax.tree.map(
+      lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), rows
+    )
+    now = Now(at, coefficients, lambda: noise(index))
+    return stepper.step(predict, *carry, now, cond)
+
+  # A scan where the number of steps is known to the program.
+  _, x = jax.lax.fori_loop(0, live, body, ((), x))
   return x
 
 

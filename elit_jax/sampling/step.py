@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from elit_jax.flow.process import Prediction, Process
@@ -89,10 +88,10 @@ def uniform(process: Process, steps: int) -> np.ndarray:
 
 
 def on_device(arrays: Any) -> Any:
-  """Host arrays as the device sees them: floats in fp32, everything else as it is."""
+  """Host arrays as the device takes them: floats in fp32, everything else as it is."""
 
-  def cast(array: np.ndarray) -> jax.Array:
+  def cast(array: np.ndarray) -> np.ndarray:
     is_float = np.issubdtype(array.dtype, np.floating)
-    return jnp.asarray(array, jnp.float32 if is_float else array.dtype)
+    return np.asarray(array, np.float32 if is_float else array.dtype)
 
   return jax.tree.map(cast, arrays)
