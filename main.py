@@ -1,4 +1,4 @@
-"""What a config says: train, sample, evaluate, score, prepare, describe, import, export.
+"""What a config says: train, sample, evaluate, score, prepare, import, describe, ...
 
   python main.py --config=configs/digits.py --workdir=runs/digits --mode=train
 Any leaf of the config can be overridden: --config.optim.lr=2e-4.
@@ -36,7 +36,7 @@ KINDS = {
   dict: "a dict",
 }
 MODES = (
-  *("train", "sample", "eval", "sweep", "score", "statistics"),
+  *("train", "sample", "eval", "sweep", "score", "statistics", "compare"),
   *("prepare", "import", "export", "describe", "doctor"),
 )
 
@@ -51,7 +51,7 @@ SOURCE = flags.DEFINE_string(
   "source",
   None,
   "import: a file of weights, or a workdir. score, statistics: an .npz or folder of "
-  "images.",
+  "images. compare: reports, separated by commas.",
 )
 GRAFT = flags.DEFINE_bool("graft", False, "import: take what fits of another network.")
 TARGET = flags.DEFINE_string(
@@ -65,7 +65,7 @@ DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, float16 or bfl
 MODES_OF = {
   "json": ("describe",),
   "budgets": ("describe",),
-  "source": ("import", "score", "statistics"),
+  "source": ("import", "score", "statistics", "compare"),
   "graft": ("import",),
   "target": ("export", "statistics"),
   "dtype": ("export",),
@@ -80,12 +80,9 @@ def main(argv: list[str]) -> None:
     raise ConfigError(
       f"unknown mode {MODE.value!r}: did you mean {nearest(MODE.value, MODES)}?"
     )
-  for name, modes in MODES_OF.items():
-    if flags.FLAGS[name].present and MODE.value not in modes:
-      raise ConfigError(
-        f"--{name} is a flag of --mode={' and '.join(modes)}, and does nothing in "
-        f"--mode={MODE.value}: leave it out"
-      )
+  _check_flags_of_mode()
+  if MODE.value == "compare":
+    sys.exit(_compare(SOURCE.value))
   if CONFIG.value is None:
     raise ConfigError("--config is missing: for example --config=configs/digits.py")
   config = config_lib.resolve(CONFIG.value)
@@ -108,6 +105,29 @@ def main(argv: list[str]) -> None:
   if not distributed.is_leader():
     logging.set_verbosity(logging.WARNING)  # one screen, one voice
   _run(config, workdir)
+
+
+def _check_flags_of_mode() -> None:
+  """Raises ConfigError for a flag that this mode does not read."""
+  for name, modes in MODES_OF.items():
+    if flags.FLAGS[name].present and MODE.value not in modes:
+      raise ConfigError(
+        f"--{name} is a flag of --mode={' and '.join(modes)}, and does nothing in "
+        f"--mode={MODE.value}: leave it out"
+      )
+
+
+def _compare(source: str | None) -> int:
+  """Prints evaluations side by side; 1 if they were not measured in the same way."""
+  from elit_jax.eval import protocol
+
+  if source is None:
+    raise ConfigError(
+      "--source is missing: the reports to compare, such as runs/a/report,runs/b/report"
+    )
+  text, comparable = protocol.compare(source.split(","))
+  print(text)
+  return 0 if comparable else 1
 
 
 def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:

@@ -77,7 +77,7 @@ def cpu() -> str:
 
 
 def matmul_precision() -> str:
-  """How precisely products of fp32 arrays are asked for; "default" is the platform's."""
+  """How precise products of fp32 arrays are to be; "default" is the platform's way."""
   import jax
 
   return str(jax.config.jax_default_matmul_precision or "default")  # type: ignore[attr-defined]

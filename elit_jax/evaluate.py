@@ -18,7 +18,6 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from elit_jax import config as config_lib
 from elit_jax import (
   autoencoder,
   distributed,
@@ -30,6 +29,7 @@ from elit_jax import (
   sharding,
   train,
 )
+from elit_jax import config as config_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data import sources
@@ -325,9 +325,7 @@ def validation_losses(
   return {budget: np.concatenate(part)[:count] for budget, part in parts.items()}
 
 
-def loss_figures(
-  row: Row, loss_IR: Mapping[Budget, np.ndarray]
-) -> dict[str, Any]:
+def loss_figures(row: Row, loss_IR: Mapping[Budget, np.ndarray]) -> dict[str, Any]:
   """Validation loss of a row's budget, its error, and that of the difference from the
   largest budget's. Guidance has no loss of its own: its row has its strong budget's.
   """
@@ -352,8 +350,7 @@ def write(
   """The pictures of the report, metrics.json and metrics.md."""
   start = time.monotonic()
   shown = [
-    (report.row_caption(row), first_samples(folder, row, bench.config))
-    for row in table
+    (report.row_caption(row), first_samples(folder, row, bench.config)) for row in table
   ]
   if files.is_pixels(shown[0][1]):
     labels = evaluator.labels_of(bench.config, len(shown[0][1]))

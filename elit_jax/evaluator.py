@@ -231,7 +231,8 @@ def draw_row(
       seen = instruments.look(stored) if instruments else {}
       if distributed.is_leader():
         with files.atomic(chunks / f"{first:07d}.npz") as partial:
-          np.savez(partial, arr_0=stored[: max(0, keep - first)], **seen)
+          kept = stored[: max(0, keep - first)]
+          np.savez(partial, allow_pickle=False, arr_0=kept, **seen)
     progress.update(int(index[-1]) + 1)
   # Every process has to draw as often as the others.
   for _ in range(TIMED - distributed.on_leader(lambda: min(TIMED, len(ms)))):
@@ -243,7 +244,7 @@ def draw_row(
 
 
 def labels_of(config: Config, count: int) -> np.ndarray:
-  """The labels of a row's samples, by `eval.labels`; a prefix is that of a longer row's.
+  """Labels of a row's samples, by `eval.labels`; fewer are the first of more.
 
   balanced: index modulo classes. random: drawn uniformly, as most papers sample.
   """
@@ -282,9 +283,7 @@ def draw_rows(
   decoder, instruments = seen_by
   for row in rows:
     draw = program_of(row, rows, programs)
-    drawn = draw_row(
-      config, row, draw, decoder, instruments, params, folder, keep
-    )
+    drawn = draw_row(config, row, draw, decoder, instruments, params, folder, keep)
     if drawn is None:
       return None
 

@@ -23,7 +23,9 @@ Features = dict[str, np.ndarray]
 Look = Callable[[np.ndarray], Features]
 
 # Outputs that are had from the pixels themselves.
-OF_PIXELS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {"saturation": metrics.saturation}
+OF_PIXELS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+  "saturation": metrics.saturation
+}
 # Which extractor to name for an output that no other gives.
 USUAL = {"pool": "inception", "spatial": "inception", "logits": "inception"}
 USUAL |= {"cls": "dino-l"}
@@ -67,7 +69,7 @@ def instruments(
   shape: Sequence[int],
   open_source: Callable[[], Source],
 ) -> Instruments | None:
-  """The instruments of a config for pictures of `shape` (H, W, C); None without metrics.
+  """Those of a config for pictures of `shape` (H, W, C); None if it has no metrics.
 
   The reference is `eval.reference`; without one, the training images, which
   `open_source` opens. ConfigError for what is missing or does not fit.
@@ -82,7 +84,7 @@ def instruments(
       "metrics empty"
     )
   look, identities = looking(config, mesh, shape)
-  needs = {metrics.METRICS[name].needs for name in names}
+  needs: set[str] = {metrics.METRICS[name].needs for name in names}
   reference: Statistics | None = None
   measured: dict[str, Any] = {}
   if needs != {"none"}:
@@ -152,10 +154,13 @@ def _reference(
 ) -> tuple[Statistics, dict[str, Any]]:
   """What samples are compared with, and what a protocol says of it."""
   size = config.sample.batch_size
-  if path := config.eval.reference:
-    path = pathlib.Path(path).expanduser()
+  if text := config.eval.reference:
+    path = pathlib.Path(text).expanduser()
     found = distributed.together(lambda: statistics.read(path))
-    measured = {"file": path.name, "sha256": distributed.on_leader(lambda: _sha256(path))}
+    measured = {
+      "file": path.name,
+      "sha256": distributed.on_leader(lambda: _sha256(path)),
+    }
     lacking = identities.keys() - found.features.keys()
     if "features" in needs and found.images and lacking:
       images = distributed.together(lambda: read_images(path))
@@ -165,11 +170,17 @@ def _reference(
   source = distributed.together(open_source)
   images = source_images(source, config)
   seen = _all_features(images, look, size)
-  found = Statistics("the training images", features=seen, about={"features": identities})
+  found = Statistics(
+    "the training images", features=seen, about={"features": identities}
+  )
   digest = hashlib.sha256()
   for batch in images.batches(size):
     digest.update(batch.tobytes())
-  return found, {"images": images.title, "count": len(images), "sha256": digest.hexdigest()}
+  return found, {
+    "images": images.title,
+    "count": len(images),
+    "sha256": digest.hexdigest(),
+  }
 
 
 def _all_features(images: Images, look: Look, size: int) -> Features:
@@ -230,7 +241,7 @@ def features_of(
       parts.setdefault(name, []).append(x)
     if folder and distributed.is_leader():
       with files.atomic(folder / f"{done:08d}.npz") as partial:
-        np.savez(partial, **seen)
+        np.savez(partial, allow_pickle=False, **seen)
     done += len(batch)
     progress.update(done)
   return {name: np.concatenate(part) for name, part in parts.items()}

@@ -18,7 +18,6 @@ from absl import logging
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from elit_jax import config as config_lib
 from elit_jax import (
   autoencoder,
   distributed,
@@ -31,6 +30,7 @@ from elit_jax import (
   roofline,
   sample,
 )
+from elit_jax import config as config_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data.sources import Source
@@ -307,8 +307,8 @@ class Previews:
 
 
 class Evaluations:
-  """Metrics of samples every `eval.every` steps, at every budget, as `--mode=eval` would
-  find them, from averaged parameters where they are: there is no second copy.
+  """Metrics of samples every `eval.every` steps, at every budget, as `--mode=eval` has
+  them, from averaged parameters where they are: there is no second copy.
 
   The average is `stored_average`. A step whose evaluation a signal has cut short goes
   on with it after a restart.

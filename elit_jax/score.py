@@ -184,7 +184,7 @@ class _Sums:
     arrays = {f"total_{name}": m.total_E for name, m in self.moments.items()}
     arrays |= {f"outer_{name}": m.outer_EE for name, m in self.moments.items()}
     with files.atomic(self.path) as partial:
-      np.savez(partial, done=self.done, **arrays)
+      np.savez(partial, allow_pickle=False, done=self.done, **arrays)
 
 
 def _summed(

@@ -59,8 +59,9 @@ def digit_judge(images: np.ndarray, labels: np.ndarray) -> DigitJudge:
 def quality(
   judge: DigitJudge, samples: np.ndarray, labels: np.ndarray
 ) -> dict[str, float]:
-  """`recognised` and `nearest_train_distance` of samples `(n, 8, 8, 1)`, which are uint8
-  or floats, clipped to [-1, 1]. ConfigError as for `DigitJudge.accuracy`.
+  """`recognised` and `nearest_train_distance` of samples `(n, 8, 8, 1)`.
+
+  They are uint8, or floats that are clipped. ConfigError as `DigitJudge.accuracy`.
   """
   if samples.dtype == np.uint8:
     samples = samples / 127.5 - 1

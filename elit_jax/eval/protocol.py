@@ -4,15 +4,11 @@ A row of metrics.json has `measurement` (how it was measured: features, referenc
 number and labels of the samples, rounding) and `subject` (what was measured: model,
 step, plan, average of weights, precision). Figures of one measurement may be compared,
 whatever their subjects: that is what an evaluation is for.
-
-  python -m elit_jax.eval.protocol runs/a/report runs/b/report
 """
 
-import argparse
 import hashlib
 import json
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +61,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
   """One line a row, with the measurement's identity; below, what that stands for."""
   names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
   head = ["row", *map(title, names), "samples", "GFLOPs an image", "protocol"]
-  lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+  lines = [
+    "| " + " | ".join(head) + " |",
+    "| " + " | ".join(["---"] * len(head)) + " |",
+  ]
   for row in rows:
     cells = [
       row["name"],
@@ -107,14 +106,17 @@ def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
   return [row | {"from": str(path)} for row in rows]
 
 
-def compare(rows: Sequence[Mapping[str, Any]]) -> str:
-  """A table a measurement, and in which entries the measurements differ."""
+def compare(paths: Sequence[str]) -> tuple[str, bool]:
+  """What the evaluations at these paths found: a table a measurement, and in which
+  entries the measurements differ; and whether there is but one. ConfigError as `read`.
+  """
+  rows = [row for path in paths for row in read(path)]
   groups: dict[str, list[Mapping[str, Any]]] = {}
   for row in rows:
     groups.setdefault(row["protocol"]["identity"], []).append(row)
   parts = []
   for group in groups.values():
-    named = [row | {"name": f"{row['name']} ({row['from']})"} for row in group]
+    named = [{**row, "name": f"{row['name']} ({row['from']})"} for row in group]
     parts.append(markdown(named))
   first, *others = [group[0]["protocol"] for group in groups.values()]
   for other in others:
@@ -124,23 +126,4 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> str:
       + "; ".join(found)
       + ".\n"
     )
-  return "\n".join(parts)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  """Prints `compare` of the files named; 1 if there is more than one measurement."""
-  parser = argparse.ArgumentParser(
-    prog="python -m elit_jax.eval.protocol", description="Compares evaluations."
-  )
-  parser.add_argument("paths", nargs="+", help=f"{FILE} or a folder with one")
-  try:
-    rows = [row for path in parser.parse_args(argv).paths for row in read(path)]
-  except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  print(compare(rows))
-  return int(len({row["protocol"]["identity"] for row in rows}) > 1)
-
-
-if __name__ == "__main__":
-  sys.exit(main())
+  return "\n".join(parts), len(groups) <= 1

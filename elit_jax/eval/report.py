@@ -52,14 +52,13 @@ _GUIDED_STYLES = (
 )
 
 
-
 def row_caption(row: Mapping) -> str:
   """Three lines for the grid: the row's name, its latents, and what an image costs."""
   latents = row["latents_per_group"]
+  gflops, ms = map(drawing.number, (row["gflops_per_image"], row["ms_per_image"]))
   return (
     f"{row['name']}\n{latents} latent{'' if latents == 1 else 's'} a group\n"
-    f"{drawing.number(row['gflops_per_image'])} GFLOPs, {drawing.number(row['ms_per_image'])} ms "
-    "an image"
+    f"{gflops} GFLOPs, {ms} ms an image"
   )
 
 
@@ -212,7 +211,7 @@ def tradeoff_png(
 
 
 class Quantity(NamedTuple):
-  """What a panel shows: (value, standard error) of a row, or None; and of real images."""
+  """What a panel shows: (value, standard error) of a row, or None; what real ones have."""
 
   label: str
   of: Callable[[Mapping], tuple[float, float] | None]
@@ -426,7 +425,6 @@ def _draw_points(
   )
 
 
-
 def _styles(count: int) -> list[tuple[str, str]]:
   return [_GUIDED_STYLES[i % len(_GUIDED_STYLES)] for i in range(count)]
 
@@ -472,7 +470,6 @@ def _loss(row: Mapping) -> str:
   if row["kind"] != "plain":
     return f"({loss:.4f})"
   return f"{loss:.4f}" + (f" +- {error:.4f}" if error is not None else "")
-
 
 
 def _fixed(value: float | None, decimals: int) -> str:

@@ -8,7 +8,9 @@ from elit_jax.errors import ConfigError
 from elit_jax.eval import protocol
 
 
-def make_row(name: str = "k4", fid: float = 3.25, samples: int = 500, **measured) -> dict:
+def make_row(
+  name: str = "k4", fid: float = 3.25, samples: int = 500, **measured
+) -> dict:
   measurement = {
     "features": {"inception": {"sha256": "67ab"}},
     "reference": "1f2e",
@@ -73,34 +75,33 @@ def test_a_line_of_a_table_carries_its_protocol():
   assert "All rows: solver euler; checkpoint_step 7." in text  # and no budget
 
 
-def test_rows_of_one_measurement_share_a_table(tmp_path, capsys):
+def test_rows_of_one_measurement_share_a_table(tmp_path):
   a = write(tmp_path / "a.json", make_row("k4"))
   (tmp_path / "b").mkdir()
   write(tmp_path / "b/metrics.json", make_row("k1"))
-  assert protocol.main([a, str(tmp_path / "b")]) == 0
-  out = capsys.readouterr().out
+  out, same = protocol.compare([a, str(tmp_path / "b")])
+  assert same
   assert out.count("| row |") == 1 and "k4 (" in out and "k1 (" in out
   assert "Not to be compared" not in out
 
 
-def test_rows_of_two_measurements_are_kept_apart_and_told_why(tmp_path, capsys):
+def test_rows_of_two_measurements_are_kept_apart_and_told_why(tmp_path):
   a = write(tmp_path / "a.json", make_row("k4"))
-  b = write(tmp_path / "b.json", make_row("k4", samples=200), make_row("k1", labels="r"))
-  assert protocol.main([a, b]) == 1
-  out = capsys.readouterr().out
+  b = write(
+    tmp_path / "b.json", make_row("k4", samples=200), make_row("k1", labels="r")
+  )
+  out, same = protocol.compare([a, b])
+  assert not same
   assert out.count("| row |") == 3
   assert "differ in samples: 500 against 200." in out
   assert "differ in labels: 'balanced' against 'r'." in out
 
 
-def test_what_holds_no_rows_is_refused(tmp_path, capsys):
+def test_what_holds_no_rows_is_refused(tmp_path):
   path = tmp_path / "a.json"
-  for text in ("{}", '{"rows": [{"name": "k4"}]}', "[", '{"rows": 3}'):
+  for text in ("{}", '{"rows": [{"name": "k4"}]}', "[", '{"rows": 3}', '{"rows": [3]}'):
     path.write_text(text)
-    assert protocol.main([str(path)]) == 2
-  assert protocol.main([str(tmp_path / "none.json")]) == 2
-  errors = capsys.readouterr().err.splitlines()
-  assert len(errors) == 5 and all(line.startswith("error: ") for line in errors)
-  with pytest.raises(ConfigError, match="no rows"):
-    path.write_text("{}")
-    protocol.read(path)
+    with pytest.raises(ConfigError, match=r"a\.json (holds no rows|is damaged)"):
+      protocol.compare([str(path)])
+  with pytest.raises(ConfigError, match="cannot read"):
+    protocol.compare([str(tmp_path / "none.json")])
