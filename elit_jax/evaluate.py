@@ -26,7 +26,7 @@ from elit_jax.data.sources import Source
 from elit_jax.data.stored import unpack
 from elit_jax.errors import ConfigError
 from elit_jax.eval import digits, report
-from elit_jax.eval.metrics import clustered_mean, paired_difference, paired_tests
+from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
 from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.svm import SVC
 
 from elit_jax.errors import ConfigError
-from elit_jax.eval.metrics import frechet_distance, moments
+from elit_jax.eval.moments import frechet_distance, moments
 
 PIXELS = 64
 # Of gamma in 0.0005 .. 0.003 and C in 3 .. 100, on the 0..16 scale, every pair reached

@@ -234,7 +234,7 @@ def report_table(rows: Sequence[Mapping], reference: Mapping | None = None) -> s
   """The rows as an aligned text table, and under it what real images score.
 
   Of `reference` it reads, where present, the keys of `digits.reference_quality` and
-  `paired`, the list of `metrics.paired_tests`.
+  `paired`, the list of `paired.paired_tests`.
   """
   header = (
     ("", "latents", "core", "para-", "GFLOPs", "ms", "validation", "recog-", "Frechet"),
