@@ -10,6 +10,7 @@ import functools
 import numpy as np
 
 from elit_jax.errors import ConfigError
+from elit_jax.eval import threads
 
 # Rows that are turned into float64 at a time, so that features may be a file's.
 ROWS = 4096
@@ -113,7 +114,7 @@ class Gaussian:
 
     The costly half of a Frechet distance, done once however many are compared with it.
     """
-    values, vectors = np.linalg.eigh(self.sigma_EE)
+    ((values, vectors),) = threads.each(np.linalg.eigh, [self.sigma_EE])
     least = values.max(initial=0) * len(values) * np.finfo(np.float64).eps
     return vectors[:, values > least] * np.sqrt(values[values > least])
 
@@ -187,17 +188,16 @@ def frechet_replicates(
     count_G[g], square_G[g] = len(own_NE), np.vdot(own_NE, own_NE)
     total_GE[g] = own_NE.sum(axis=0)
     outer_GKK[g] = seen_NK.T @ seen_NK
-  distances = []
-  for times_G in np.asarray(times_RG, np.float64):
+
+  def distance(times_G: np.ndarray) -> float:
     count = times_G @ count_G
     mean_E = times_G @ total_GE / count
     seen_K = mean_E @ root_EK
     seen_KK = np.tensordot(times_G, outer_GKK, 1) - count * np.outer(seen_K, seen_K)
-    trace = (times_G @ square_G - count * (mean_E @ mean_E)) / (count - 1)
-    distances.append(
-      _frechet(centre_E + mean_E, trace, seen_KK / (count - 1), reference)
-    )
-  return np.array(distances)
+    trace = float(times_G @ square_G - count * (mean_E @ mean_E)) / float(count - 1)
+    return _frechet(centre_E + mean_E, trace, seen_KK / (count - 1), reference)
+
+  return np.array(list(threads.each(distance, np.asarray(times_RG, np.float64))))
 
 
 def _mean(x_NE: np.ndarray) -> np.ndarray:

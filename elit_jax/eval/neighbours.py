@@ -7,12 +7,13 @@ reference's balls, recall the share of reference points within the samples'.
 Letters: N samples, M reference points, E features; U and V for two sets, whichever.
 """
 
-from collections.abc import Iterator
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
 from elit_jax.errors import ConfigError
+from elit_jax.eval import threads
 
 # Neighbours that a ball reaches to; the ADM evaluator's, and everybody's since.
 K = 3
@@ -61,9 +62,19 @@ def inside(sample_NE: np.ndarray, reference_ME: np.ndarray, k: int = K) -> Insid
   sample_NE, reference_ME = (_shifted(x, offset_E) for x in (sample_NE, reference_ME))
   ball_N, ball_M = radii(sample_NE, k), radii(reference_ME, k)
   found_N, found_M = Found.none(len(sample_NE)), Found.none(len(reference_ME))
-  for rows, columns, d_UV in blocks(sample_NE, reference_ME):
-    found_N.see(rows, d_UV, ball_M[columns])
-    found_M.see(columns, np.ascontiguousarray(d_UV.T), ball_N[rows])
+
+  def look(block: Block) -> tuple[Found, Found]:
+    rows, columns = block
+    d_UV = squared_distances(sample_NE[rows], reference_ME[columns])
+    d_VU = np.ascontiguousarray(d_UV.T)
+    return Found.of(d_UV, ball_M[columns]), Found.of(d_VU, ball_N[rows])
+
+  todo = blocks(len(sample_NE), len(reference_ME))
+  for (rows, columns), (seen_U, seen_V) in zip(
+    todo, threads.each(look, todo), strict=True
+  ):
+    found_N.take(rows, seen_U)
+    found_M.take(columns, seen_V)
   return Inside(found_N.any_U, found_M.any_U, found_N.nearest_U, found_M.nearest_U)
 
 
@@ -81,48 +92,58 @@ class Found(NamedTuple):
     no = np.zeros(count, bool)
     return cls(no, np.full(count, np.inf, np.float32), no.copy())
 
-  def see(self, rows: slice, d_UV: np.ndarray, ball_V: np.ndarray) -> None:
-    """Takes in some centres: distances to them, and the radii of their balls."""
-    within_UV = d_UV <= ball_V
-    self.any_U[rows] |= within_UV.any(axis=1)
+  @classmethod
+  def of(cls, d_UV: np.ndarray, ball_V: np.ndarray) -> "Found":
+    """By the distances to centres V, and the radii of their balls."""
+    within_UV = np.less_equal(d_UV, ball_V)
     own, nearest_U = np.arange(len(d_UV)), d_UV.argmin(axis=1)
-    nearer_U = d_UV[own, nearest_U] < self.least_U[rows]
-    self.least_U[rows][nearer_U] = d_UV[own, nearest_U][nearer_U]
-    self.nearest_U[rows][nearer_U] = within_UV[own, nearest_U][nearer_U]
+    return cls(within_UV.any(axis=1), d_UV[own, nearest_U], within_UV[own, nearest_U])
+
+  def take(self, rows: slice, seen: "Found") -> None:
+    """Adds what was seen of other centres; the first of equally near ones counts."""
+    nearer_U = seen.least_U < self.least_U[rows]
+    self.any_U[rows] |= seen.any_U
+    self.least_U[rows][nearer_U] = seen.least_U[nearer_U]
+    self.nearest_U[rows][nearer_U] = seen.nearest_U[nearer_U]
 
 
 def radii(x_UE: np.ndarray, k: int = K) -> np.ndarray:
   """Squared distance (U,) of each point to its k-th neighbour in fp32 features."""
+
+  def look(block: Block) -> tuple[np.ndarray, np.ndarray]:
+    rows, columns = block
+    d_UV = squared_distances(x_UE[rows], x_UE[columns])
+    return _least(d_UV, k + 1), _least(np.ascontiguousarray(d_UV.T), k + 1)
+
   least_UK = np.full((len(x_UE), k + 1), np.inf, np.float32)
-  for rows, columns, d_UV in blocks(x_UE, x_UE, half=True):
-    _keep_least(least_UK[rows], d_UV)
+  # Each pair once: the blocks on the diagonal and above.
+  todo = [b for b in blocks(len(x_UE), len(x_UE)) if b[0].start <= b[1].start]
+  for (rows, columns), (of_rows, of_columns) in zip(
+    todo, threads.each(look, todo), strict=True
+  ):
+    least_UK[rows] = _least(np.hstack([least_UK[rows], of_rows]), k + 1)
     if rows != columns:
-      _keep_least(least_UK[columns], np.ascontiguousarray(d_UV.T))
+      least_UK[columns] = _least(np.hstack([least_UK[columns], of_columns]), k + 1)
   return least_UK.max(axis=1)
 
 
-def _keep_least(least_UK: np.ndarray, d_UV: np.ndarray) -> None:
-  """Merges distances into the smallest ones so far, in place and in any order."""
-  kept = least_UK.shape[1]
-  if d_UV.shape[1] > kept:
-    d_UV = np.partition(d_UV, kept - 1, axis=1)[:, :kept]
-  both = np.concatenate([least_UK, d_UV], axis=1)
-  least_UK[:] = np.partition(both, kept - 1, axis=1)[:, :kept]
+def _least(d_UV: np.ndarray, kept: int) -> np.ndarray:
+  """The so many smallest of each row, in any order; all if there are no more."""
+  if d_UV.shape[1] <= kept:
+    return d_UV
+  return np.partition(d_UV, kept - 1, axis=1)[:, :kept].copy()
 
 
-Block = tuple[slice, slice, np.ndarray]
+Block = tuple[slice, slice]
 
 
-def blocks(u_UE: np.ndarray, v_VE: np.ndarray, half: bool = False) -> Iterator[Block]:
-  """Rows, columns, and squared distances between them, until all pairs are seen.
-
-  `half`, for a set with itself, leaves out the blocks below the diagonal.
-  """
-  for i in range(0, len(u_UE), BLOCK):
-    rows = slice(i, min(i + BLOCK, len(u_UE)))
-    for j in range(i if half else 0, len(v_VE), BLOCK):
-      columns = slice(j, min(j + BLOCK, len(v_VE)))
-      yield rows, columns, squared_distances(u_UE[rows], v_VE[columns])
+def blocks(rows: int, columns: int) -> list[Block]:
+  """Squares that cover a table."""
+  down, across = (
+    [slice(i, min(i + BLOCK, count)) for i in range(0, count, BLOCK)]
+    for count in (rows, columns)
+  )
+  return list(itertools.product(down, across))
 
 
 def squared_distances(u_UE: np.ndarray, v_VE: np.ndarray) -> np.ndarray:
