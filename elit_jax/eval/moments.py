@@ -124,23 +124,36 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
   the squared unit of the features (Heusel et al. 2017, eq. 6).
 
   b is the one to keep where there are many a: its root is kept with it. Not negative
-  beyond rounding. ConfigError if they differ in width.
+  beyond rounding, which is 1e-8 of the trace for each direction that neither a's count
+  nor b's rank tells to be empty. ConfigError if they differ in width.
   """
   if a.mu_E.shape != b.mu_E.shape:
     raise ConfigError(
       "Frechet distance needs means (E,) and covariances (E, E) of one E, got "
       f"{a.mu_E.size} and {b.mu_E.size} features"
     )
-  return _frechet(a.mu_E, np.trace(a.sigma_EE), b.root_EK.T @ a.sigma_EE @ b.root_EK, b)
+  seen_KK = b.root_EK.T @ a.sigma_EE @ b.root_EK
+  trace = float(np.trace(a.sigma_EE))
+  rank = a.mu_E.size if a.count is None else a.count - 1
+  (distance,) = threads.each(
+    lambda seen: _frechet(a.mu_E, trace, seen, rank, b), [seen_KK]
+  )
+  return distance
 
 
-def _frechet(mu_E: np.ndarray, trace: float, seen_KK: np.ndarray, b: Gaussian) -> float:
-  """Of a Gaussian by its mean, its trace and `root^T s root` with the root of b."""
+def _frechet(
+  mu_E: np.ndarray, trace: float, seen_KK: np.ndarray, rank: int, b: Gaussian
+) -> float:
+  """Of a Gaussian by its mean, its trace, `root^T s root` with the root of b, and the
+  rank that it has at most.
+  """
   # s b has the spectrum of the symmetric, positive root^T s root: eigenvalues of that
   # instead of the square root of a non-symmetric matrix, which turns complex when a
   # covariance is singular.
-  spectrum = np.linalg.eigvalsh((seen_KK + seen_KK.T) / 2)
-  root_trace = np.sqrt(np.clip(spectrum, 0, None)).sum()
+  ascending = np.linalg.eigvalsh((seen_KK + seen_KK.T) / 2)
+  # A square root makes 1e-8 of what rounding left of a zero, so none is taken of those.
+  spectrum = np.clip(ascending[max(0, len(ascending) - rank) :], 0, None)
+  root_trace = np.sqrt(spectrum).sum()
   offset_E = mu_E - b.mu_E
   return float(offset_E @ offset_E + trace + np.trace(b.sigma_EE) - 2 * root_trace)
 
@@ -195,7 +208,8 @@ def frechet_replicates(
     seen_K = mean_E @ root_EK
     seen_KK = np.tensordot(times_G, outer_GKK, 1) - count * np.outer(seen_K, seen_K)
     trace = float(times_G @ square_G - count * (mean_E @ mean_E)) / float(count - 1)
-    return _frechet(centre_E + mean_E, trace, seen_KK / (count - 1), reference)
+    rank = int(count_G[times_G > 0].sum()) - 1
+    return _frechet(centre_E + mean_E, trace, seen_KK / (count - 1), rank, reference)
 
   return np.array(list(threads.each(distance, np.asarray(times_RG, np.float64))))
 
