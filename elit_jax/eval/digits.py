@@ -10,10 +10,6 @@ import numpy as np
 from sklearn.svm import SVC
 
 from elit_jax.errors import ConfigError
-<<<<<<< HEAD
-=======
-from elit_jax.eval.moments import frechet_distance, moments
->>>>>>> refs/heads/metrics
 
 PIXELS = 64
 # Of gamma in 0.0005 .. 0.003 and C in 3 .. 100, on the 0..16 scale, every pair reached

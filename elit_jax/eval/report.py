@@ -211,7 +211,7 @@ def tradeoff_png(
 
 
 class Quantity(NamedTuple):
-  """What a panel shows: (value, standard error) of a row, or None; what real ones have."""
+  """What a panel shows: (value, error) of a row, or None; what real images have."""
 
   label: str
   of: Callable[[Mapping], tuple[float, float] | None]
