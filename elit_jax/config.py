@@ -19,6 +19,7 @@ from elit_jax import ema, files, sharding
 from elit_jax.budget import Budget
 from elit_jax.data import shards, sources, stored
 from elit_jax.errors import ConfigError, lookup, nearest
+from elit_jax.eval import features, metrics
 from elit_jax.flow.matching import FlowMatching, Null
 from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
@@ -175,6 +176,9 @@ def resolve(config: Mapping[str, Any]) -> Config:
   return typed
 
 
+# How the labels of an evaluation's samples are chosen.
+LABELS = ("balanced", "random")
+
 # What numbers must be: leaves, the test and its wording.
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (
@@ -258,6 +262,34 @@ def check(config: Config) -> None:
   sampled_classes(config)
   objective(config, model, lambda label: label)
   check_solver(config, model)
+  check_evaluation(config, model)
+
+
+def check_evaluation(config: Config, model: spec.Model) -> None:
+  """Raises ConfigError for what `eval` names wrongly, without opening a file."""
+  e = config.eval
+  lookup(files.UINT8, config.sample.uint8, "config.sample.uint8")
+  lookup(dict.fromkeys(LABELS), e.labels, "config.eval.labels")
+  for name in e.metrics:
+    lookup(metrics.METRICS, name, "metric in config.eval.metrics")
+  for name in e.features:
+    if ":" not in name:  # MODULE:FUNCTION, which is imported when it is used
+      lookup(features.EXTRACTORS, name, "extractor in config.eval.features")
+  if e.weights and len(e.weights) != len(e.features):
+    raise ConfigError(
+      f"config.eval.weights {e.weights} must be one text for each of "
+      f"config.eval.features {e.features}, or ()"
+    )
+  for steps in e.sweep_steps:
+    if steps < 1:
+      raise ConfigError(f"config.eval.sweep_steps has {steps}: want at least 1")
+    settings = dataclasses.replace(config.sample, steps=steps)
+    check_solver(dataclasses.replace(config, sample=settings), model)
+  for scale in e.sweep_scales:
+    if not 1 <= scale < math.inf:
+      raise ConfigError(
+        f"config.eval.sweep_scales has {scale}: want at least 1, and finite"
+      )
 
 
 def check_mesh(mesh: tuple[int, ...], model: spec.Model) -> None:

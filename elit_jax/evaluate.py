@@ -131,12 +131,13 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   start = time.monotonic()
   judge = JUDGES.get(config.data.source) if distributed.is_leader() else None
   judged = judge() if judge else None
+  shown: list[np.ndarray] = []
 
   def take(drawn: Drawn) -> dict[str, Any]:
-    images = drawn.images()
-    name = f"samples_{files.stem(drawn.row.name)}.npz"
-    files.save_samples(folder / name, images, drawn.labels)
-    quality = judged.quality(images, drawn.labels) if judged else {}
+    drawn.save(folder / f"samples_{files.stem(drawn.row.name)}.npz")
+    columns = min(COLUMNS, 2 * config.model.classes, drawn.row.count)
+    shown.append(drawn.images(columns))
+    quality = judged.quality(drawn.images(), drawn.labels) if judged else {}
     return quality | loss_figures(drawn.row, loss_IR)
 
   table = draw(bench, rows, programs, folder, config.eval.count, take)
@@ -145,18 +146,40 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     return
   seconds["sample"] = time.monotonic() - start
 
+  real = real_images(bench, held_out)
+
   def finish() -> None:
     reference = (judged.reference if judged else {}) | {
+      **real,
       "paired": paired_tests({str(b): x for b, x in loss_IR.items()})
       if len(loss_IR) > 1
-      else []
+      else [],
     }
-    write(bench, workdir, folder, table, reference, seconds)
+    write(bench, workdir, folder, table, shown, reference, seconds)
     replace(folder, workdir / "report")
     text = report.report_table(table, reference)
     logging.info("report in %s\n%s", workdir / "report", text)
 
   distributed.on_leader(finish)
+
+
+def real_images(bench: Bench, held_out: Source) -> dict[str, Any]:
+  """What held-out images score by the metrics, {} where the data are no pictures."""
+  config, instruments = bench.config, bench.instruments
+  if instruments is None or config.data.vae:
+    return {}
+  images = measure.source_images(held_out, config)
+  seen = measure.features_of(images, instruments.look, config.sample.batch_size)
+  if seen is None:
+    return {}
+  found: dict[str, Any] = {}
+
+  def score() -> None:
+    found["metrics"] = instruments.score(seen, "the held-out images")
+    found["metrics_n"] = len(images)
+
+  distributed.on_leader(score)
+  return found
 
 
 def sweep(config: Config, workdir: pathlib.Path) -> None:
@@ -344,18 +367,17 @@ def write(
   workdir: pathlib.Path,
   folder: pathlib.Path,
   table: list[dict],
+  shown: list[np.ndarray],
   reference: dict[str, Any],
   seconds: dict[str, float],
 ) -> None:
   """The pictures of the report, metrics.json and metrics.md."""
   start = time.monotonic()
-  shown = [
-    (report.row_caption(row), first_samples(folder, row, bench.config)) for row in table
-  ]
-  if files.is_pixels(shown[0][1]):
-    labels = evaluator.labels_of(bench.config, len(shown[0][1]))
+  if files.is_pixels(shown[0]):
+    labels = evaluator.labels_of(bench.config, len(shown[0]))
     names = sample.class_names(workdir, labels)
-    report.grid_png(folder / "grid.png", shown, names)
+    captions = map(report.row_caption, table)
+    report.grid_png(folder / "grid.png", [*zip(captions, shown, strict=True)], names)
   report.tradeoff_png(folder / "tradeoff.png", table, reference)
   timing = workdir / "timing.json"
   seconds = (files.read_json(timing) if timing.exists() else {}) | seconds
@@ -376,12 +398,3 @@ def write(
     },
   )
   (folder / "metrics.md").write_text(protocol.markdown(table), encoding="utf-8")
-
-
-def first_samples(
-  folder: pathlib.Path, row: Mapping[str, Any], config: Config
-) -> np.ndarray:
-  """What the picture shows of a row: at most two of each class."""
-  columns = min(COLUMNS, 2 * config.model.classes, row["samples"])
-  with np.load(folder / f"samples_{files.stem(row['name'])}.npz") as samples:
-    return samples["arr_0"][:columns]

@@ -21,6 +21,7 @@ from elit_jax import config as config_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.eval import protocol
+from elit_jax.eval.images import write_images
 from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.measure import Instruments
@@ -178,9 +179,24 @@ class Drawn(NamedTuple):
       with np.load(path) as chunk:
         yield chunk[name]
 
-  def images(self) -> np.ndarray:
-    """What was kept of the samples, uint8 if they are pictures."""
-    return np.concatenate([*self.chunks("arr_0")])
+  def images(self, most: int | None = None) -> np.ndarray:
+    """What was kept of the samples, or the first `most`; uint8 if they are pictures."""
+    parts, count = [], 0
+    for part in self.chunks("arr_0"):
+      parts.append(part)
+      count += len(part)
+      if most is not None and count >= most:
+        break
+    return np.concatenate(parts)[:most]
+
+  def save(self, path: pathlib.Path) -> None:
+    """Writes what was kept, with labels, batch by batch, in the layout of ADM."""
+    first = next(self.chunks("arr_0"))
+    if first.dtype != np.uint8:
+      files.save_samples(path, self.images(), self.labels)
+      return
+    shape = first.shape[1:]
+    write_images(path, self.chunks("arr_0"), len(self.labels), shape, self.labels)
 
   def features(self) -> Features:
     """What the instruments have seen, sample by sample."""
