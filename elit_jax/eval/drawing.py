@@ -31,14 +31,17 @@ def save(made: Figure, path: str | os.PathLike) -> None:
     made.savefig(partial, format="png")
 
 
-def scale_cost(axes: Axes, costs: Sequence[float]) -> None:
-  """The axis of costs: from 0, or logarithmic where they span much."""
+def scale_cost(axes: Axes, costs: Sequence[float], unit: float = 1.0) -> None:
+  """The axis of costs: from 0, or logarithmic where they span much.
+
+  unit: of the numbers at the axis, in that of the costs.
+  """
   if min(costs) <= 0 or max(costs) < 6 * min(costs):
     axes.set_xlim(left=0)
-    return
-  axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(x)))
-  axes.xaxis.set_minor_formatter(NullFormatter())
+  else:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: number(x / unit)))
 
 
 def number(value: float | None) -> str:

@@ -74,7 +74,7 @@ class Style(NamedTuple):
 
 
 TOKENS = Style("fewer tokens, all steps", drawing.PLAIN_COLOUR, "o")
-STEPS = Style("fewer steps, all tokens", "#e08e1b", "s")
+STEPS = Style("fewer steps (number), all tokens", "#e08e1b", "s")
 BOTH = Style("fewer of both", "0.6", ".")
 GUIDED = {
   "cfg": Style("CFG", "#d1495b", "s"),
@@ -191,6 +191,19 @@ def cost(row: Row) -> float:
   return row["gflops_per_image"]
 
 
+class Unit(NamedTuple):
+  """Of costs: what it is called, and how many GFLOPs it is."""
+
+  name: str
+  gflops: float
+
+
+def _unit(rows: Iterable[Row]) -> Unit:
+  """In which no cost has many digits."""
+  dear = max(map(cost, rows)) >= 10_000
+  return Unit("TFLOPs", 1000.0) if dear else Unit("GFLOPs", 1.0)
+
+
 def unguided(rows: Iterable[Row]) -> list[Row]:
   """Rows without guidance, dearest first."""
   return sorted((r for r in rows if r["kind"] in UNGUIDED), key=cost, reverse=True)
@@ -232,7 +245,7 @@ def guided_groups(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
 
 
 def quality_png(path: str | os.PathLike, rows: Sequence[Row]) -> None:
-  """Every metric against GFLOPs an image: fewer tokens, and fewer steps.
+  """Every metric against the cost of an image: fewer tokens, and fewer steps.
 
   Bars are one standard error. ConfigError without a row that is not guided.
   """
@@ -242,23 +255,27 @@ def quality_png(path: str | os.PathLike, rows: Sequence[Row]) -> None:
   figure, panels = _panels(len(names), "Quality against compute, without guidance")
   saved = curves(rows)
   for axes, metric in zip(panels, names, strict=True):
-    for style, curve in saved.items():
-      found = points(curve, metric, cost)
-      _curve(axes, found, style, line="none" if style is BOTH else "-")
-      if style is TOKENS:
-        _names(axes, found, style, lambda row: str(row["budget"]), above=True)
-      elif style is STEPS:
-        less = [p for p in found if p.row["steps"] != unguided(rows)[0]["steps"]]
-        _names(axes, less, style, lambda row: f"{row['steps']} steps", above=False)
-    _finish(axes, metric, "compute of one image [GFLOPs]")
-    drawing.scale_cost(axes, [cost(row) for row in unguided(rows)])
+    found = {style: points(curve, metric, cost) for style, curve in saved.items()}
+    tokens, steps, both = found.values()
+    _finish(axes, metric, found.values())
+    _cost_axis(axes, unguided(rows))
+    faint = {"color": BOTH.colour, "markersize": 4, "linestyle": "none"}
+    if both:
+      axes.plot(*_columns(both), marker=BOTH.marker, label=BOTH.name, **faint)
+    _curve(axes, tokens, TOKENS)
+    above = _lies_above(tokens, steps)
+    _names(axes, tokens, TOKENS, lambda row: str(row["budget"]), above=above)
+    if len(steps) > 1:
+      _curve(axes, steps, STEPS)
+      less = [point for point in steps if point.row is not saved[STEPS][0]]
+      _names(axes, less, STEPS, lambda row: str(row["steps"]), above=not above)
   _legend(figure, panels)
   drawing.save(figure, path)
 
 
 def guidance_png(path: str | os.PathLike, rows: Sequence[Row]) -> None:
   """Every metric against the guidance scale, a curve for each kind of guidance; and the
-  first metric against GFLOPs an image, where lines join the best scale at each cost.
+  first metric against the cost of an image, where lines join the best scales.
 
   Curves begin at scale 1, no guidance, where such a row is. ConfigError without guided
   rows.
@@ -270,11 +287,14 @@ def guidance_png(path: str | os.PathLike, rows: Sequence[Row]) -> None:
   figure, panels = _panels(len(names) + 1, "Guidance: quality against its scale")
   plain = cells(rows)
   for axes, metric in zip(panels[:-1], names, strict=True):
+    found: list[list[Point]] = []
     for style, line, key, group in _styled(groups):
       start = [plain[key[1:3]]] if key[1:3] in plain else []
-      found = points([*start, *group], metric, lambda row: row["guidance_scale"])
-      _curve(axes, found, style, line)
-    _finish(axes, metric, "guidance scale  (1: none)")
+      drawn = points([*start, *group], metric, lambda row: row["guidance_scale"])
+      _curve(axes, drawn, style, line)
+      found.append(drawn)
+    _finish(axes, metric, found)
+    axes.set_xlabel("guidance scale  (1: none)")
   _cost_of_guidance(panels[-1], names[0], rows, groups)
   _legend(figure, panels)
   drawing.save(figure, path)
@@ -300,20 +320,23 @@ def _cost_of_guidance(
   axes: Axes, metric: str, rows: Sequence[Row], groups: Mapping[tuple, list[Row]]
 ) -> None:
   """All scales as points above their cost, and the best at each joined."""
-  if unguided(rows):
-    _curve(axes, points(curves(rows)[TOKENS], metric, cost), NO_GUIDANCE)
-  for kind, style in GUIDED.items():
-    mine = [row for (k, *_), group in groups.items() for row in group if k == kind]
-    found = points(mine, metric, cost)
-    best = best_of(found, _shown(metric).better)
-    faint = {"marker": style.marker, "color": style.colour, "alpha": 0.35}
-    axes.plot(*_columns(found), linestyle="none", markersize=4, **faint)
-    _curve(axes, best, style, ":")
-    below = _shown(metric).better == "lower"
-    _names(axes, best, style, _scale_of, above=not below)
-  _finish(axes, metric, "compute of one image [GFLOPs]")
-  drawing.scale_cost(axes, [cost(row) for row in (*unguided(rows), *_all(groups))])
-  axes.set_title("of each kind and cost, the best scale", fontsize=8.5, color="0.3")
+  plain = points(curves(rows)[TOKENS] if unguided(rows) else [], metric, cost)
+  guided = {
+    kind: points([r for r in _all(groups) if r["kind"] == kind], metric, cost)
+    for kind in GUIDED
+  }
+  _finish(axes, metric, [plain, *guided.values()])
+  _cost_axis(axes, [*unguided(rows), *_all(groups)])
+  _curve(axes, plain, NO_GUIDANCE)
+  better = _shown(metric).better
+  for kind, found in guided.items():
+    style = GUIDED[kind]
+    faint = {"color": style.colour, "markersize": 4, "alpha": 0.35}
+    axes.plot(*_columns(found), marker=style.marker, linestyle="none", **faint)
+    best = best_of(found, better)
+    _curve(axes, best, style._replace(name=""), ":")
+    _names(axes, best, style, _scale_of, above=better == "higher")
+  axes.set_title("joined: the best scale at each cost", fontsize=8.5, color="0.3")
 
 
 def best_of(found: Sequence[Point], better: str) -> list[Point]:
@@ -342,18 +365,18 @@ def grid_png(path: str | os.PathLike, rows: Sequence[Row]) -> None:
   dearest = {budget: cost(row) for (budget, _), row in reversed(found.items())}
   budgets = sorted(dearest, key=dearest.__getitem__)
   names = metric_names(found.values())
+  unit = _unit(found.values())
   size = (max(3.4, 0.9 + 0.72 * len(steps)), max(2.6, 1.3 + 0.46 * len(budgets)))
   figure, panels = _panels(len(names), "Steps against tokens, without guidance", size)
   for axes, metric in zip(panels, names, strict=True):
-    _heat(axes, metric, found, budgets, steps)
+    _heat(axes, metric, found, budgets, steps, unit)
     axes.set_xlabel("steps")
     axes.set_ylabel("budget (tokens)")
   note = (
-    "In each cell the metric and, below it, GFLOPs an image. Framed: no cell of the"
+    f"In each cell the metric and, below it, {unit.name} an image. Framed: no cell of "
+    "the same or a lower cost is as good."
   )
-  figure.supxlabel(
-    f"{note} same or a lower cost is as good.", fontsize=8.5, color="0.3"
-  )
+  figure.supxlabel(note, fontsize=8.5, color="0.3")
   drawing.save(figure, path)
 
 
@@ -363,6 +386,7 @@ def _heat(
   found: Mapping[tuple[str, int], Row],
   budgets: Sequence[str],
   steps: Sequence[int],
+  unit: Unit,
 ) -> None:
   scored = points(found.values(), metric, cost)
   place = {
@@ -389,7 +413,8 @@ def _heat(
     dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
     text = {"ha": "center", "color": "white" if dark else "0.1"}
     axes.text(column, row, _short(point.value), text, va="bottom", fontsize=8.5)
-    axes.text(column, row, drawing.number(point.x), text, va="top", fontsize=6.5)
+    dear = drawing.number(point.x / unit.gflops)
+    axes.text(column, row, dear, text, va="top", fontsize=6.5)
   for point in frontier(scored, shown.better):
     column, row = place[id(point)]
     corner = (column - 0.46, row - 0.46)
@@ -428,8 +453,8 @@ FIGURES: dict[str, tuple[Callable[[Sequence[Row]], bool], Callable[..., None]]] 
 def _panels(
   count: int, title: str, size: tuple[float, float] = (4.4, 3.4)
 ) -> tuple[Figure, list[Axes]]:
-  """So many axes of so many inches, at most three in a row, under a title."""
-  columns = min(3, count)
+  """So many axes of so many inches, a few in a row, under a title."""
+  columns = min(4 if count in (4, 7, 8) else 3, count)
   rows = -(-count // columns)
   inches = (max(6.0, size[0] * columns), size[1] * rows + 0.9)
   figure = drawing.figure(inches, ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
@@ -451,7 +476,7 @@ def _curve(axes: Axes, found: Sequence[Point], style: Style, line: str = "-") ->
   axes.errorbar(
     *_columns(found),
     yerr=[point.error for point in found],
-    label=style.name,
+    label=style.name or None,
     color=style.colour,
     marker=style.marker,
     markersize=5,
@@ -462,20 +487,40 @@ def _curve(axes: Axes, found: Sequence[Point], style: Style, line: str = "-") ->
   )
 
 
+def _lies_above(found: Sequence[Point], other: Sequence[Point]) -> bool:
+  """Whether a curve lies above another, on average."""
+  if not found or len(other) < 2:
+    return True
+  (x, values), (other_x, others) = _columns(found), _columns(other)
+  return bool(np.sum(values - np.interp(x, other_x, others)) >= 0)
+
+
 def _names(
   axes: Axes,
-  found: Iterable[Point],
+  found: Sequence[Point],
   style: Style,
   name: Callable[[Row], str],
   *,
   above: bool,
 ) -> None:
-  for point in found:
+  """Names points on the side that a curve leaves free, the dearest first; where names
+  would cover each other, some are left out. The axes have their limits already.
+  """
+  falls = len(found) < 2 or found[0].value >= found[-1].value
+  right = falls == above
+  taken: list[tuple[float, float]] = []
+  for point in (*found[-1:], *found[:-1]):
+    x, y = axes.transData.transform((point.x, point.value)) * 72 / drawing.DPI
+    wide, high = 5.5 * len(name(point.row)), 9.0  # typographic points
+    if any(abs(x - a) < wide and abs(y - b) < high for a, b in taken):
+      continue
+    taken.append((x, y))
     axes.annotate(
       name(point.row),
       (point.x, point.value),
-      (5, 5) if above else (5, -5),
+      (5 if right else -5, 5 if above else -5),
       textcoords="offset points",
+      ha="left" if right else "right",
       va="bottom" if above else "top",
       fontsize=8,
       color=style.colour,
@@ -484,27 +529,42 @@ def _names(
     )
 
 
-def _finish(axes: Axes, metric: str, along: str) -> None:
-  axes.set_xlabel(along)
+def _finish(axes: Axes, metric: str, drawn: Iterable[Sequence[Point]]) -> None:
+  """The axis of a metric, with limits for what is to be drawn."""
+  found = list(itertools.chain(*drawn))
   axes.set_ylabel(_title(metric))
   axes.grid(color="0.9")
   axes.set_axisbelow(True)
   axes.spines[["top", "right"]].set_visible(False)
   axes.margins(x=0.12, y=0.15)
-  values = [y for line in axes.lines for y in np.atleast_1d(line.get_ydata())]
+  values = [point.value for point in found]
   if values and 0 < WIDE * min(values) < max(values):
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
   axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
+  # Before anything is drawn, for whoever places names.
+  axes.update_datalim([(point.x, point.value) for point in found])
+  axes.autoscale_view()
+
+
+def _cost_axis(axes: Axes, rows: Sequence[Row]) -> None:
+  unit = _unit(rows)
+  axes.set_xlabel(f"compute of one image [{unit.name}]")
+  costs = list(map(cost, rows))
+  drawing.scale_cost(axes, costs, unit.gflops)
+  if axes.get_xscale() == "log":
+    wide = max(costs) > 500 * min(costs)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+  axes.autoscale_view()
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
   """One for all panels, below them."""
-  found = {}
+  found: dict[str, Any] = {}
   for axes in panels:
     handles, names = axes.get_legend_handles_labels()
-    found |= dict(zip(names, handles, strict=True))
+    found = dict(zip(names, handles, strict=True)) | found
   figure.legend(
     found.values(),
     found.keys(),

@@ -184,7 +184,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
   with pytest.raises(TypeError):
     plots.write_json(tmp_path / "sweep.json", TOKENS, {"bad": object()})
   with pytest.raises(ConfigError):
-    plots.write(tmp_path, [*TOKENS, make_row("budget", kind="steeps")])
+    plots.write(tmp_path, [*TOKENS, make_row("steeps")])
   assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -192,7 +192,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
   "rows,says",
   [
     ([], "no rows"),
-    ([make_row("budget", kind="steeps")], "'steeps': did you mean 'steps'"),
+    ([make_row("steeps")], "'steeps': did you mean 'steps'"),
     (
       [{k: v for k, v in TOKENS[0].items() if k != "steps"}],
       r"'budget k1 20 1' .* lacks \['steps'\]",
