@@ -12,7 +12,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help install install-dev quickstart bench test test-slow check format clean
+.PHONY: help install install-dev quickstart report bench test test-slow check format clean
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -55,6 +55,10 @@ endif
 quickstart: install  ## train and evaluate the digits model
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=train
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=eval
+
+report: install  ## metrics of that model over budgets, steps and guidance scales
+	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=train
+	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=sweep
 
 BENCH = $(PY) -m benchmarks.run --model=SiT-S/2 --batch=8 --remat=dots --steps=10 --rounds=3 --slow-rounds=2
 # Huge pages, one arena, and freed memory is kept for the next step: the arrays of a CPU

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from elit_jax import config as config_lib
-from elit_jax import evaluate, evaluator, logs, train
+from elit_jax import evaluate, evaluator, logs, preemption, train
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, spec
@@ -440,6 +440,76 @@ def test_an_old_report_outlives_a_new_one_that_fails(tiny_run, workdir, monkeypa
   with pytest.raises(RuntimeError, match="killed"):
     tiny_run("eval", workdir, ONE)
   assert [p.name for p in (workdir / "report").iterdir()] == ["metrics.json"]
+
+
+METRICS = (
+  "--config.eval.metrics=fid,is,precision",
+  "--config.eval.features=('toy:load',)",
+)
+
+
+def test_a_report_has_metrics_and_their_protocol(tiny_run, run_main, workdir, capsys):
+  tiny_run("eval", workdir, TWO, *METRICS, "--config.eval.guidance_scale=1")
+  folder = workdir / "report"
+  report = json.loads((folder / "metrics.json").read_text())
+  for row in report["rows"]:
+    assert set(row["metrics"]) == {"fid", "is", "precision"}
+    assert row["metrics"]["fid"]["standard_error"] > 0
+    assert row["protocol"]["measurement"]["samples"] == 16
+    assert row["protocol"]["subject"]["checkpoint_step"] == 1
+  assert len({row["protocol"]["identity"] for row in report["rows"]}) == 1
+  real = report["reference"]["metrics"]["fid"]["value"]
+  assert 0 < real < report["rows"][0]["metrics"]["fid"]["value"]
+  assert "| k4 |" in (folder / "metrics.md").read_text()
+  assert not (folder / "chunks").exists()
+  with pytest.raises(SystemExit) as end:
+    run_main("--mode=compare", f"--source={folder},{folder}")
+  assert end.value.code == 0
+  out = capsys.readouterr().out
+  assert out.count("| k4 (") == 2 and "Not to be compared" not in out
+
+
+def test_a_sweep_in_one_command(tiny_run, workdir):
+  tiny_run(
+    *("sweep", workdir, TWO, *METRICS),
+    "--config.eval.sweep_steps=1,",
+    "--config.eval.sweep_scales=1.5,",
+  )
+  folder = workdir / "sweep"
+  rows = json.loads((folder / "metrics.json").read_text())["rows"]
+  assert len(rows) == 2 * 2 + 3 * 2
+  lines = (folder / "sweep.csv").read_text().splitlines()
+  assert len(lines) == 1 + len(rows) and "fid_standard_error" in lines[0]
+  assert len(list(folder.glob("*.png"))) >= 3
+  assert not list(folder.glob("*.npz"))  # of samples nothing is kept
+  with pytest.raises(ConfigError, match="eval.metrics is empty"):
+    tiny_run("sweep", workdir, TWO)
+
+
+def test_evaluation_as_training_goes(tiny_run, workdir, monkeypatch):
+  """Of every budget, from the average; cut short, it is made up for."""
+  more = ("--config.train.steps=3", "--config.eval.every=2", TWO, *METRICS)
+  with monkeypatch.context() as patch:
+    requested = iter([False] * 5)  # in the middle of the first evaluation
+    patch.setattr(preemption, "requested", lambda: next(requested, True))
+    tiny_run("train", workdir, *more)
+  folder = workdir / "evaluations"
+  assert [p.name for p in folder.iterdir()] == ["0000002.partial"]
+  tiny_run("train", workdir, *more)
+  assert [p.name for p in folder.iterdir()] == ["0000002.json"]
+  found = json.loads((folder / "0000002.json").read_text())
+  assert [row["name"] for row in found["rows"]] == ["k4", "k1"]
+  rows = logs.read_rows(workdir / "metrics.jsonl")
+  assert [row["step"] for row in rows if "eval/k1/fid" in row] == [2]
+  # The same figures as --mode=eval has for a run that ended there.
+  shutil.rmtree(workdir / "checkpoints/3")
+  tiny_run("eval", workdir, *more, "--config.eval.guidance_scale=1")
+  report = json.loads((workdir / "report/metrics.json").read_text())
+  assert report["step"] == 2
+  for a, b in zip(found["rows"], report["rows"], strict=True):
+    assert a["protocol"]["identity"] == b["protocol"]["identity"]
+    for name, value in a["metrics"].items():
+      assert value["value"] == pytest.approx(b["metrics"][name]["value"], rel=1e-3)
 
 
 def test_a_report_without_a_judge(tiny_run, workdir):

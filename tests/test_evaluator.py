@@ -36,7 +36,8 @@ def model_of(config: config_lib.Config):
 
 def noise(params, seed, index_n, label_n):
   """Draws that hang on seed, index and label alone."""
-  rows = [np.random.default_rng([seed, i, y]) for i, y in zip(index_n, label_n)]
+  pairs = zip(index_n, label_n, strict=True)
+  rows = [np.random.default_rng([seed, i, y]) for i, y in pairs]
   return np.stack([rng.uniform(-1, 1, SHAPE) for rng in rows]).astype(np.float32)
 
 

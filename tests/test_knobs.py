@@ -25,9 +25,19 @@ from PIL import Image
 
 from configs import base, digits, elit_sit
 from elit_jax import config as config_lib
-from elit_jax import evaluate, files, logs, monitor, sample, sharding, train
+from elit_jax import (
+  evaluate,
+  files,
+  logs,
+  measure,
+  monitor,
+  sample,
+  sharding,
+  train,
+)
 from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
+from elit_jax.eval import metrics, plots, statistics
 
 MOST_LEAVES = 80
 
@@ -53,6 +63,14 @@ LATENTS = PIXELS | {
   "data.dtype": "float16",
   "data.vae": "tiny",
   "prepare.weights": "random:0",
+}
+
+# Metrics of digits, by the extractor in tests/toy.py.
+TOY = {
+  "data.source": "digits",
+  "eval.metrics": ("fid", "is"),
+  "eval.features": ("toy:load",),
+  "eval.count": 32,
 }
 
 TINY = {"data.shape": (2, 2, 4), "data.vae": "tiny", "sample.count": 8}
@@ -103,6 +121,7 @@ KNOBS = {
   "sample.budgets": Knob(("k1",), "sampling", ELIT),
   "sample.classes": Knob((3, 1), "sampling"),
   "sample.decoder": Knob("random:1", "sampling", TINY),
+  "sample.uint8": Knob("elit", "sampling evaluation"),
   "sample.ema": Knob("0.99", "sampling evaluation training", AVERAGES),
   "sample.seed": Knob(1, "sampling"),
   "guidance.scale": Knob(2.0, "sampling"),
@@ -117,6 +136,15 @@ KNOBS = {
   "eval.count": Knob(100, "evaluation"),
   "eval.guidance_scale": Knob(3.0, "evaluation"),
   "eval.seed": Knob(2, "evaluation"),
+  "eval.labels": Knob("random", "evaluation"),
+  "eval.metrics": Knob(("sfid",), "evaluation sweeping", TOY),
+  "eval.features": Knob(("toy:wide",), "evaluation", TOY),
+  "eval.weights": Knob(("1",), "evaluation", TOY),
+  "eval.reference": Knob("elsewhere.npz", "measuring", TOY),
+  "eval.bootstrap": Knob(3, "measuring", TOY),
+  "eval.every": Knob(40, "training", TOY),
+  "eval.sweep_steps": Knob((3,), "sweeping", TOY),
+  "eval.sweep_scales": Knob((1.5,), "sweeping", TOY),
   "prepare.source": Knob("others", "preparing", PIXELS),
   "prepare.kind": Knob("folder", "preparing", PIXELS),
   "prepare.split": Knob("validation", "preparing", PIXELS),
@@ -207,8 +235,8 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
 
     return {budget: fake(budget) for budget in budgets}
 
-  def compile_sampler(fn, model, size, mesh):
-    def draw(params, seed, index, label):
+  def compile_sampler(fn, model, size, mesh, *numbers):
+    def draw(params, seed, index, label, *numbers):
       found.shown.append(params.tolist())
       return np.zeros((len(index), *config.data.shape))
 
@@ -240,7 +268,7 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
     ]
     found.files = sorted(
       str(path.relative_to(workdir))
-      for name in ("checkpoints", "previews")
+      for name in ("checkpoints", "previews", "evaluations")
       for path in (workdir / name).glob("*")
     )
   return found
@@ -264,8 +292,10 @@ def stopping(config: config_lib.Config) -> Any:
   return dry_run(config, bad=True).ended
 
 
-def recorded(mode, config: config_lib.Config) -> list:
-  """What a mode runs: every program, and the small arguments of every call of it."""
+def recorded(run, config: config_lib.Config) -> list:
+  """What a mode runs: every program, and the small arguments of every call of it; and
+  how its rows were measured.
+  """
   calls = []
 
   def compile_nothing(lowered):
@@ -273,9 +303,8 @@ def recorded(mode, config: config_lib.Config) -> list:
     calls.append(text)
 
     def run(params, *arguments):
-      arguments = [a for a in arguments if np.ndim(a) < 2]
-      plain = jax.tree.map(_plain, arguments)
-      calls.append(f"{text} {plain}")
+      small = [a for a in jax.tree.leaves(arguments) if a.size < 256]
+      calls.append(f"{text} {[*map(_plain, small)]}")
       return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info)
 
     return run
@@ -287,11 +316,19 @@ def recorded(mode, config: config_lib.Config) -> list:
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(jax.stages.Lowered, "compile", compile_nothing)
     patch.setattr(sample, "load_ema", load_ema)
-    patch.setattr(evaluate, "write", lambda *arguments: None)
-    mode.run(config, pathlib.Path(folder))
+    # The first of what both write after the folder is their rows.
+    for module, name in ((evaluate, "write"), (plots, "write")):
+      patch.setattr(module, name, lambda *given: calls.extend(protocols(given)))
+    run(config, pathlib.Path(folder))
     names = [written(path) for path in pathlib.Path(folder).glob("samples/**/*")]
   # Programs are made by several threads, in any order.
   return sorted(calls) + sorted(names)
+
+
+def protocols(given: tuple) -> list[str]:
+  """Of the rows among what a report is written of."""
+  rows = next(a for a in given if isinstance(a, list) and a and isinstance(a[0], dict))
+  return [str((row["name"], [*row["metrics"]], row["protocol"])) for row in rows]
 
 
 def written(path: pathlib.Path) -> str:
@@ -299,7 +336,8 @@ def written(path: pathlib.Path) -> str:
   if path.suffix != ".npz":
     return path.name
   with np.load(path) as chunk:
-    return f"{path.parent.name}/{path.name} {chunk['arr_0'].shape}"
+    found = chunk["arr_0"]
+    return f"{path.parent.name}/{path.name} {found.shape} {found.max()}"
 
 
 def _plain(value: Any) -> list:
@@ -321,11 +359,43 @@ def choice(config: config_lib.Config) -> Any:
 
 
 def sampling(config: config_lib.Config) -> Any:
-  return recorded(sample, config)
+  return recorded(sample.run, config)
 
 
 def evaluation(config: config_lib.Config) -> Any:
-  return recorded(evaluate, config)
+  return recorded(evaluate.run, config)
+
+
+def sweeping(config: config_lib.Config) -> Any:
+  if not config.eval.metrics:
+    config = make_config(TOY)
+  return recorded(evaluate.sweep, config)
+
+
+def measuring(config: config_lib.Config) -> Any:
+  """What metrics are asked for, and what they compare with."""
+  found = []
+
+  def read(path):
+    found.append(str(path))
+    raise ConfigError("it is not there")
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(statistics, "read", read)
+    mesh = sharding.make_mesh()
+    try:
+      made = measure.instruments(
+        config, mesh, (8, 8, 1), lambda: train.open_source(config)
+      )
+    except ConfigError as error:
+      return found, str(error)
+  if made is None:
+    return ["nothing"]
+  found.append(made.reference.title)
+  patch.setattr(metrics, "evaluate", lambda *given: found.append(given[3:]) or {})
+  made.score({})
+  patch.undo()
+  return found
 
 
 def preparing(config: config_lib.Config) -> Any:
@@ -381,6 +451,8 @@ EFFECTS = {
     stopping,
     sampling,
     evaluation,
+    sweeping,
+    measuring,
     preparing,
   )
 }

@@ -64,7 +64,9 @@ def test_a_folder_of_pictures_is_an_npz_of_them(tmp_path, held_out):
     Image.fromarray(image).save(tmp_path / f"b/{i:03d}.png")
   reference = tmp_path / "ref.npz"
   config = make_config(eval__metrics=("fid", "is", "precision", "saturation"))
-  score.run_statistics(config, tmp_path / "run", str(tmp_path / "a.npz"), str(reference))
+  score.run_statistics(
+    config, tmp_path / "run", str(tmp_path / "a.npz"), str(reference)
+  )
   config = make_config(
     eval__metrics=("fid", "is", "precision", "saturation"),
     eval__reference=str(reference),
@@ -150,7 +152,10 @@ def test_what_is_missing_is_said(tmp_path, samples):
   for call, words in (
     (lambda: score.run(config, tmp_path, None), "--source is missing"),
     (lambda: score.run_statistics(config, tmp_path, None, None), "--target is missing"),
-    (lambda: score.run(config, tmp_path, str(tmp_path / "no.npz")), "not exist|no such"),
+    (
+      lambda: score.run(config, tmp_path, str(tmp_path / "no.npz")),
+      "not exist|no such",
+    ),
     (
       lambda: score.run_statistics(config, tmp_path, None, str(samples)),
       "is there already",

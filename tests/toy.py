@@ -8,7 +8,12 @@ from elit_jax.eval.features import Extractor
 OUTPUTS = {"pool": 6, "spatial": 5, "logits": 10}
 
 
-def load(weights: str) -> Extractor:
+def wide(weights: str) -> Extractor:
+  """Another one, of the same outputs."""
+  return load(weights, spread=2.0)
+
+
+def load(weights: str, spread: float = 1.0) -> Extractor:
   """`weights` is a seed; any shape of picture goes."""
   rng = np.random.default_rng(int(weights or 0))
   params = {
@@ -22,6 +27,7 @@ def load(weights: str) -> Extractor:
     means = [a.mean((1, 2)) for a in (*rows, *columns)]
     squares = [(a * a).mean((1, 2)) for a in (*rows, *columns)]
     seen = jnp.stack([*means, *squares], -1)
-    return {name: jnp.tanh(seen @ kernel) for name, kernel in params.items()}
+    return {name: jnp.tanh(spread * seen @ kernel) for name, kernel in params.items()}
 
-  return Extractor("toy", OUTPUTS, apply, params, {"sha256": f"seed {weights or 0}"})
+  identity = {"sha256": f"seed {weights or 0}", "spread": str(spread)}
+  return Extractor("toy", OUTPUTS, apply, params, identity)

@@ -9,7 +9,6 @@ those that are a number or a text get a column.
 
 import csv
 import itertools
-import json
 import math
 import os
 from collections import Counter
@@ -40,7 +39,7 @@ ROW_KEYS = (
   "gflops_per_image",
   "metrics",
 )
-UNGUIDED = ("budget", "steps")
+UNGUIDED = "plain"
 Row = Mapping[str, Any]
 
 
@@ -87,18 +86,15 @@ WIDE = 20  # values that span more are drawn on a logarithmic axis
 _HALO = [withStroke(linewidth=3, foreground="white")]
 
 
-def write(
-  folder: str | os.PathLike, rows: Sequence[Row], about: Mapping[str, Any] | None = None
-) -> list[Path]:
-  """Writes sweep.csv, sweep.json and the figures that the rows are enough for.
+def write(folder: str | os.PathLike, rows: Sequence[Row]) -> list[Path]:
+  """Writes sweep.csv and the figures that the rows are enough for.
 
-  about: what sweep.json says beside the rows. Returns the paths. Each file appears
-  whole or not at all. ConfigError for rows that cannot be read.
+  Returns the paths. Each file appears whole or not at all. ConfigError for rows that
+  cannot be read.
   """
   check(rows)
   out = Path(folder)
   made = [write_csv(out / "sweep.csv", rows)]
-  made.append(write_json(out / "sweep.json", rows, about or {}))
   for name, (enough, draw) in FIGURES.items():
     if enough(rows):
       draw(out / name, rows)
@@ -110,7 +106,7 @@ def check(rows: Sequence[Row]) -> None:
   """ConfigError for rows without a key of `ROW_KEYS`, or of a kind that is unknown."""
   if not rows:
     raise ConfigError("a sweep has no rows: sample and score at least one")
-  kinds = dict.fromkeys((*UNGUIDED, *GUIDED))
+  kinds = dict.fromkeys((UNGUIDED, *GUIDED))
   for row in rows:
     if missing := [key for key in ROW_KEYS if key not in row]:
       raise ConfigError(f"row {row.get('name')!r} of the sweep lacks {missing}")
@@ -142,16 +138,6 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Row]) -> Path:
       found = [row["metrics"].get(name) or {} for name in metrics]
       cells = [row.get(key) for key in columns]
       writer.writerow(cells + [each.get(key) for each in found for key in fields])
-  return Path(path)
-
-
-def write_json(
-  path: str | os.PathLike, rows: Sequence[Row], about: Mapping[str, Any]
-) -> Path:
-  """{**about, "rows": rows}; numbers that are not finite become null."""
-  text = json.dumps(drawing.plain({**about, "rows": rows}), indent=2, allow_nan=False)
-  with atomic(path) as partial:
-    partial.write_text(text + "\n", encoding="utf-8")
   return Path(path)
 
 
@@ -206,7 +192,7 @@ def _unit(rows: Iterable[Row]) -> Unit:
 
 def unguided(rows: Iterable[Row]) -> list[Row]:
   """Rows without guidance, dearest first."""
-  return sorted((r for r in rows if r["kind"] in UNGUIDED), key=cost, reverse=True)
+  return sorted((r for r in rows if r["kind"] == UNGUIDED), key=cost, reverse=True)
 
 
 def curves(rows: Sequence[Row]) -> dict[Style, list[Row]]:

@@ -1,7 +1,6 @@
 """Files of a sweep: what is told apart, what is drawn, and what is refused."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -31,9 +30,9 @@ def make_row(kind, budget="k8", steps=20, scale=1.0, **changes):
   return row | changes
 
 
-TOKENS = [make_row("budget", budget) for budget in BUDGETS]
-STEPS = [make_row("steps", steps=steps) for steps in (5, 10)]
-BOTH = [make_row("steps", "k1", 5), make_row("steps", "k4", 10)]
+TOKENS = [make_row("plain", budget) for budget in BUDGETS]
+STEPS = [make_row("plain", steps=steps) for steps in (5, 10)]
+BOTH = [make_row("plain", "k1", 5), make_row("plain", "k4", 10)]
 GUIDED = [
   make_row(kind, scale=scale)
   for kind in ("cfg", "ccfg", "autog")
@@ -60,16 +59,16 @@ def pixels(path) -> bytes:
 )
 def test_what_the_rows_are_enough_for_is_written(tmp_path, rows, pictures):
   made = plots.write(tmp_path, rows)
-  assert {path.name for path in made} == pictures | {"sweep.csv", "sweep.json"}
+  assert {path.name for path in made} == pictures | {"sweep.csv"}
   assert set(tmp_path.iterdir()) == set(made)  # nothing half-written
 
 
 def test_the_dearest_row_begins_both_curves():
   curves = plots.curves([*BOTH, *GUIDED, *STEPS, *TOKENS])
   names = {style: [row["name"] for row in found] for style, found in curves.items()}
-  assert names[plots.TOKENS] == ["budget k8 20 1", "budget k4 20 1", "budget k1 20 1"]
-  assert names[plots.STEPS] == ["budget k8 20 1", "steps k8 10 1", "steps k8 5 1"]
-  assert sorted(names[plots.BOTH]) == ["steps k1 5 1", "steps k4 10 1"]
+  assert names[plots.TOKENS] == ["plain k8 20 1", "plain k4 20 1", "plain k1 20 1"]
+  assert names[plots.STEPS] == ["plain k8 20 1", "plain k8 10 1", "plain k8 5 1"]
+  assert sorted(names[plots.BOTH]) == ["plain k1 5 1", "plain k4 10 1"]
 
 
 def test_guidance_of_another_weak_budget_is_another_curve():
@@ -84,9 +83,9 @@ def test_points_are_in_order_and_leave_out_what_is_missing():
   rows = [
     TOKENS[2],
     TOKENS[0],
-    make_row("budget", metrics=none),
-    make_row("budget", metrics={}),
-    make_row("budget", metrics={"fid": {"value": np.nan}}),
+    make_row("plain", metrics=none),
+    make_row("plain", metrics={}),
+    make_row("plain", metrics={"fid": {"value": np.nan}}),
   ]
   found = plots.points(rows, "fid", plots.cost)
   assert [point.row for point in found] == [TOKENS[0], TOKENS[2]]
@@ -144,7 +143,7 @@ def test_the_table_has_every_number(tmp_path):
   rows = [
     *TOKENS,
     make_row("autog", scale=2.0, weak_budget="k1", metrics={"kid": {"value": np.nan}}),
-    make_row("budget", seconds=[1, 2]),
+    make_row("plain", seconds=[1, 2]),
   ]
   path = plots.write_csv(tmp_path / "sweep.csv", rows)
   with path.open(newline="") as file:
@@ -163,26 +162,9 @@ def test_the_table_has_every_number(tmp_path):
   assert (guided["weak_budget"], guided["kid"], guided["fid"]) == ("k1", "", "")
 
 
-def test_json_holds_the_rows_and_what_they_are_of(tmp_path):
-  rows = [*TOKENS, make_row("budget", metrics={"kid": {"value": np.inf}}, loss=[0.5])]
-  plots.write(tmp_path, rows, {"step": np.int64(7)})
-
-  def refuse(constant):
-    raise AssertionError(f"{constant} is not JSON")
-
-  text = (tmp_path / "sweep.json").read_text()
-  stored = json.loads(text, parse_constant=refuse)
-  assert list(stored) == ["step", "rows"] and stored["step"] == 7
-  assert stored["rows"][0]["metrics"]["is"]["n"] == 1000
-  assert stored["rows"][3]["metrics"] == {"kid": {"value": None}}
-  assert stored["rows"][3]["loss"] == [0.5]
-
-
 def test_a_failed_write_leaves_what_was_there(tmp_path):
   plots.write(tmp_path, TOKENS)
   before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-  with pytest.raises(TypeError):
-    plots.write_json(tmp_path / "sweep.json", TOKENS, {"bad": object()})
   with pytest.raises(ConfigError):
     plots.write(tmp_path, [*TOKENS, make_row("steeps")])
   assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -192,10 +174,10 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
   "rows,says",
   [
     ([], "no rows"),
-    ([make_row("steeps")], "'steeps': did you mean 'steps'"),
+    ([make_row("steeps")], "kind of row in the sweep 'steeps'"),
     (
       [{k: v for k, v in TOKENS[0].items() if k != "steps"}],
-      r"'budget k1 20 1' .* lacks \['steps'\]",
+      r"'plain k1 20 1' .* lacks \['steps'\]",
     ),
   ],
 )
