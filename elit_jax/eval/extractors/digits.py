@@ -28,9 +28,11 @@ PUBLISHED = weights_lib.Published(
   SHIPPED.name, f"python -m elit_jax.eval.extractors.digits --out {SHIPPED.name}"
 )
 
-# Chosen by five-fold cross-validation within the training digits.
+# By five-fold cross-validation within the training digits, which misread 14 of 1,500.
+# Smoothed labels misread 8, but then the network is never sure, and the inception score
+# of real digits falls from 9.6 to 7.
 STEPS, BATCH, SEED = 2000, 100, 0
-RATE, DECAY, SMOOTHING = 3e-3, 1e-2, 0.1
+RATE, DECAY = 3e-3, 0.1
 
 
 def load(weights: str = "") -> Extractor:
@@ -95,12 +97,11 @@ def _update(
   moved = jax.vmap(_shifted)(
     images[index_B], jax.random.randint(shift, (BATCH, 2), 0, 3)
   )
-  wanted = jax.nn.one_hot(labels[index_B], network.CLASSES)
-  wanted = optax.smooth_labels(wanted, SMOOTHING)
 
   def loss(params: Params) -> jax.Array:
     logits = network.apply(params, moved)["logits"]
-    return optax.softmax_cross_entropy(logits, wanted).mean()
+    losses_B = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index_B])
+    return losses_B.mean()
 
   changes, state = optimiser.update(jax.grad(loss)(params), state, params)
   return optax.apply_updates(params, changes), state
