@@ -152,8 +152,9 @@ def write(
 ) -> None:
   """Writes statistics, and the images they are of if given, as an .npz.
 
-  The ADM evaluator wants images even of a reference that has moments. Features are
-  written as they are; outputs that have features alone get their moments besides.
+  The ADM evaluator wants images even of a reference that has moments, and both of pool
+  and spatial or of neither. Features are written as they are; outputs that have
+  features alone get their moments besides.
   """
   outputs = {**statistics.moments, **statistics.features}
   with images_lib.writing(path) as archive:
@@ -219,17 +220,19 @@ def _gaussian(
       f"{path} holds {mu_name} of shape {mu.shape} and {sigma_name} of shape "
       f"{sigma.shape}: want (E,) and (E, E)"
     )
-  if np.abs(sigma - sigma.T).max(initial=0) > UNSYMMETRIC * np.abs(sigma).max(
-    initial=0
-  ):
+  skew, most = np.abs(sigma - sigma.T).max(initial=0), np.abs(sigma).max(initial=0)
+  if skew > UNSYMMETRIC * most:
     raise ConfigError(f"{path} holds a {sigma_name} that is not symmetric")
-  count = values.get(f"count{ending}")
-  if count is not None and int(count) < 2:
-    raise ConfigError(
-      f"{path} holds {mu_name} of {int(count)} samples: at least 2 are needed"
-    )
-  return Gaussian(
-    mu.astype(np.float64),
-    sigma.astype(np.float64),
-    None if count is None else int(count),
-  )
+  count = _count(path, f"count{ending}", values)
+  return Gaussian(mu.astype(np.float64), sigma.astype(np.float64), count)
+
+
+def _count(
+  path: pathlib.Path, name: str, values: Mapping[str, np.ndarray]
+) -> int | None:
+  if name not in values:
+    return None
+  count = values[name]
+  if count.shape != () or count.dtype.kind not in "iu" or count < 2:
+    raise ConfigError(f"{path} holds {name} {count}: want a whole number, at least 2")
+  return int(count)

@@ -17,7 +17,7 @@ def brute(sample_NE, reference_ME, k=3):
   ball_a = np.sort(distances(a, a), axis=1)[:, k]
   ball_b = np.sort(distances(b, b), axis=1)[:, k]
   d = distances(a, b)
-  in_b, in_a = d <= ball_b, ball_a >= d.T
+  in_b, in_a = ball_b >= d, ball_a >= d.T
   return (
     in_b.any(1),
     in_a.any(1),
