@@ -1,0 +1,1 @@
+"""One network of features a file, each with `load(weights) -> Extractor`."""
