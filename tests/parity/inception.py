@@ -35,12 +35,17 @@ def normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-  """A tensor of the model: no vector of a norm is neutral, and ReLU keeps the size."""
+  """A tensor of the model: no vector is neutral, and activations keep their size.
+
+  Kernels are without mean. What images share would else drown what sets them apart.
+  """
   values = normal(name, shape)
   if len(shape) > 1:
+    inputs = tuple(range(1, len(shape)))
+    values -= values.mean(inputs, keepdims=True)
     values *= np.sqrt((1 if name == "fc.weight" else 2) / np.prod(shape[1:]))
   elif name.endswith("running_var"):
-    values = 0.05 + values**2
+    values = np.exp(0.6 * values)
   else:
     values = (1 if name.endswith("bn.weight") else 0) + 0.3 * values
   return values.astype(np.float32)
