@@ -62,11 +62,9 @@ def _bilinear(
 
 def _lerp(x: jax.Array, at: np.ndarray, axis: int) -> jax.Array:
   """The values between pixels along an axis; positions and weights are constants."""
-  last = x.shape[axis] - 1
-  low = np.minimum(at.astype(np.int32), last)
-  near, far = (
-    jnp.take(x, index, axis, mode="clip") for index in (low, np.minimum(low + 1, last))
-  )
+  low = at.astype(np.int32)
+  # Clipping makes the last pixel its own neighbour.
+  near, far = (jnp.take(x, i, axis, mode="clip") for i in (low, low + 1))
   shape = [1] * x.ndim
   shape[axis] = len(at)
   return near + (far - near) * (at - low.astype(np.float32)).reshape(shape)
