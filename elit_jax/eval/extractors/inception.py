@@ -23,7 +23,7 @@ def load(weights: str) -> Extractor:
     "dtype": "float32",
     "matmul_precision": "highest",
   }
-  return Extractor("inception", inception.OUTPUTS, apply, params, about)
+  return Extractor("inception", dict(inception.OUTPUTS), apply, params, about)
 
 
 def _weights(weights: str) -> tuple[Params, str]:
