@@ -1,7 +1,9 @@
 """Pillow's bicubic resize of uint8 images on any device, equal in every bit.
 
-Pillow filters rows, then columns, with weights rounded to 22 binary digits, and rounds
-to uint8 after either: so there is nothing to approximate, and whole numbers suffice.
+Pillow filters along rows, then along columns, with weights of 22 binary digits, and
+rounds to uint8 after either: whole numbers suffice, and nothing is approximated. (From
+13 on it begins with the columns where the height shrinks much more than the width, which
+no square image does. Published distances come from earlier ones; so does this order.)
 """
 
 import functools
@@ -24,9 +26,9 @@ BASE, PARTS, SHRINKS = 256, 3, 100
 def pillow_bicubic(images_BHWC: jax.Array, size: tuple[int, int]) -> jax.Array:
   """uint8 images (B, H, W, C) at `size` (height, width), channel by channel.
 
-  The bits of `PIL.Image.resize((width, height), BICUBIC)`, antialiased where it makes
-  smaller; jit-able. ConfigError for another type or shape, an empty side, or one that
-  becomes more than `SHRINKS` times smaller.
+  The bits of `PIL.Image.resize((width, height), BICUBIC)` before Pillow 13, antialiased
+  where it makes smaller; jit-able. ConfigError for another type or shape, an empty
+  side, or one that becomes more than `SHRINKS` times smaller.
   """
   if images_BHWC.ndim != 4 or images_BHWC.dtype != jnp.uint8:
     raise ConfigError(

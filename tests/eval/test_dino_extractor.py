@@ -3,6 +3,7 @@
 import pathlib
 import sys
 import types
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -21,11 +22,12 @@ from elit_jax.sharding import make_mesh
 TINY = Dino(width=16, depth=2, heads=2)
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Extractor:
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Extractor]:
   """dino-s with random weights, and much smaller than it is."""
-  monkeypatch.setitem(network.DINOS, "dino-s", TINY)
-  return dino.load("dino-s", "random:3")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(network.DINOS, "dino-s", TINY)
+    yield dino.load("dino-s", "random:3")
 
 
 def pictures(count: int, side: int, channels: int = 3) -> np.ndarray:

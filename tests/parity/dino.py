@@ -99,9 +99,9 @@ def answers(case: str, folder: pathlib.Path | None) -> dict[str, np.ndarray]:
   seen = torch.cat([table[:, :1], resized(grid)], dim=1)
   small.load_state_dict(weights | {"embeddings.position_embeddings": seen})
   side = SEEN * PATCH
-  batch = np.stack(
-    [Image.fromarray(x).resize((side, side), Image.BICUBIC) for x in pictures()]
-  )
+  # Rows before columns, which Pillow 13 alone does not promise.
+  rows = [Image.fromarray(x).resize((side, len(x)), Image.BICUBIC) for x in pictures()]
+  batch = np.stack([x.resize((side, side), Image.BICUBIC) for x in rows])
   batch = ((batch / 255 - MEAN) / STD).astype(np.float32)
   with torch.no_grad():
     hidden = model(first(images())).last_hidden_state
