@@ -136,7 +136,7 @@ def test_unknown_metrics_and_wide_ranges_are_drawn(tmp_path):
     row | {"metrics": {"mine": {"value": next(values), "n": 10}}}
     for row in TOKENS + STEPS + BOTH
   ]
-  assert len(plots.write(tmp_path, rows)) == 4
+  assert len(plots.write(tmp_path, rows)) == 3
 
 
 def test_the_table_has_every_number(tmp_path):
