@@ -101,10 +101,13 @@ def get_config() -> ConfigDict:
         "channels": "all",  # all | three: the first three alone, as DiT and SiT sample
       },
       "eval": {
-        "draws": 16,  # noise draws for each held-out image
+        "draws": 16,  # noise draws for each held-out image; 0: no validation loss
         "count": 500,  # samples of a row: a budget, or a guidance
         "guidance_scale": 2.0,  # of the guided rows
         "seed": 1,
+        # budgets (every training budget) | guidance (CFG, cheap CFG and AutoGuidance) |
+        # sampled (what --mode=sample draws)
+        "rows": ("budgets", "guidance"),
         "labels": "balanced",  # balanced (index modulo classes) | random (uniform)
         # Of samples, see docs/evaluation.md: fid | sfid | is | precision | recall | ...
         "metrics": (),

@@ -135,6 +135,7 @@ class EvalConfig:
   count: int
   guidance_scale: float
   seed: int
+  rows: tuple[str, ...]
   labels: str
   metrics: tuple[str, ...]
   features: tuple[str, ...]
@@ -176,8 +177,9 @@ def resolve(config: Mapping[str, Any]) -> Config:
   return typed
 
 
-# How the labels of an evaluation's samples are chosen.
+# How the labels of an evaluation's samples are chosen, and which rows there are.
 LABELS = ("balanced", "random")
+ROWS = ("budgets", "guidance", "sampled")
 
 # What numbers must be: leaves, the test and its wording.
 RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
@@ -194,7 +196,6 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "sample.count",
       "sample.batch_size",
       "sample.steps",
-      "eval.draws",
       "model.classes",
       "prepare.shard_size",
       "prepare.batch_size",
@@ -211,6 +212,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (
       "optim.warmup",
       "train.preview_every",
+      "eval.draws",
       "eval.every",
       "prepare.workers",
       "prepare.max_skipped",
@@ -270,6 +272,10 @@ def check_evaluation(config: Config, model: spec.Model) -> None:
   e = config.eval
   lookup(files.UINT8, config.sample.uint8, "config.sample.uint8")
   lookup(dict.fromkeys(LABELS), e.labels, "config.eval.labels")
+  for name in e.rows:
+    lookup(dict.fromkeys(ROWS), name, "kind of row in config.eval.rows")
+  if not e.rows:
+    raise ConfigError(f"config.eval.rows is empty: name some of {', '.join(ROWS)}")
   for name in e.metrics:
     lookup(metrics.METRICS, name, "metric in config.eval.metrics")
   for name in e.features:

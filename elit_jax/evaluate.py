@@ -102,14 +102,16 @@ def set_up(config: Config, workdir: pathlib.Path) -> Bench:
 
 def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=eval`: samples, losses, prices and pictures of the newest checkpoint."""
-  held_out = distributed.together(lambda: train.open_source(config, "held_out"))
+  held_out = distributed.together(lambda: open_held_out(config))
   bench = set_up(config, workdir)
   config, model = bench.config, bench.model
   folder = begin(bench, workdir / "report")
   rows = evaluator.report_rows(config, model)
   seconds = {}
   start = time.monotonic()
-  budgets = [row.phase.budget for row in rows if row.kind == "plain"]
+  price = functools.partial(spec.flops, model, config.data.shape)
+  asked = {row.phase.budget for row in rows} if config.eval.draws else ()
+  budgets = sorted(asked, key=price, reverse=True)
   jobs: dict[Any, Callable] = {
     b: functools.partial(compile_loss, config, model, b, bench.mesh) for b in budgets
   }
@@ -122,7 +124,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
   start = time.monotonic()
   losses = {budget: programs[budget] for budget in budgets}
-  loss_IR = validation_losses(config, losses, bench.params, held_out, bench.mesh)
+  loss_IR: dict[Budget, np.ndarray] | None = {}
+  if losses and held_out:
+    loss_IR = validation_losses(config, losses, bench.params, held_out, bench.mesh)
   if loss_IR is None:
     logging.info(LEAVING)
     return
@@ -138,15 +142,14 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     columns = min(COLUMNS, 2 * config.model.classes, drawn.row.count)
     shown.append(drawn.images(columns))
     quality = judged.quality(drawn.images(), drawn.labels) if judged else {}
-    return quality | loss_figures(drawn.row, loss_IR)
+    return quality | (loss_figures(drawn.row, loss_IR) if loss_IR else {})
 
   table = draw(bench, rows, programs, folder, config.eval.count, take)
-  if table is None:
+  real = real_images(bench, held_out) if held_out and table else {}
+  if table is None or real is None:
     logging.info(LEAVING)
     return
   seconds["sample"] = time.monotonic() - start
-
-  real = real_images(bench, held_out)
 
   def finish() -> None:
     reference = (judged.reference if judged else {}) | {
@@ -163,15 +166,22 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   distributed.on_leader(finish)
 
 
-def real_images(bench: Bench, held_out: Source) -> dict[str, Any]:
-  """What held-out images score by the metrics, {} where the data are no pictures."""
+def open_held_out(config: Config) -> Source | None:
+  """Images that were not trained on; None where no validation loss is asked for."""
+  return train.open_source(config, "held_out") if config.eval.draws else None
+
+
+def real_images(bench: Bench, held_out: Source) -> dict[str, Any] | None:
+  """What held-out images score by the metrics, {} where the data are no pictures; None
+  if a termination signal came.
+  """
   config, instruments = bench.config, bench.instruments
   if instruments is None or config.data.vae:
     return {}
   images = measure.source_images(held_out, config)
   seen = measure.features_of(images, instruments.look, config.sample.batch_size)
   if seen is None:
-    return {}
+    return None
   found: dict[str, Any] = {}
 
   def score() -> None:
@@ -378,7 +388,9 @@ def write(
     names = sample.class_names(workdir, labels)
     captions = map(report.row_caption, table)
     report.grid_png(folder / "grid.png", [*zip(captions, shown, strict=True)], names)
-  report.tradeoff_png(folder / "tradeoff.png", table, reference)
+  drawn = [row for row in table if row["metrics"] or "validation_loss" in row]
+  if any(row["kind"] == "plain" for row in drawn):
+    report.tradeoff_png(folder / "tradeoff.png", drawn, reference)
   timing = workdir / "timing.json"
   seconds = (files.read_json(timing) if timing.exists() else {}) | seconds
   seconds["plot"] = time.monotonic() - start

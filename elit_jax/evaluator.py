@@ -100,12 +100,42 @@ def guided_rows(config: Config, model: spec.Model, scale: float) -> list[Row]:
   ]
 
 
-def report_rows(config: Config, model: spec.Model) -> list[Row]:
-  """Of a report: every budget, then guidance at `eval.guidance_scale`."""
+def sampled_rows(config: Config, model: spec.Model) -> list[Row]:
+  """What `--mode=sample` draws: every budget of `sample`, as `guidance` has it."""
   return [
-    *plain_rows(config, model, config.sample.steps),
-    *guided_rows(config, model, config.eval.guidance_scale),
+    Row(_plan_name(plan[0]), _kind(plan[0]), plan, config.eval.count)
+    for plan in config_lib.plans(config, model)
   ]
+
+
+def _plan_name(phase: Phase) -> str:
+  if phase.guidance is None:
+    return str(phase.budget)
+  return f"{phase.budget}, guidance {phase.guidance.scale:g}"
+
+
+def _kind(phase: Phase) -> str:
+  if phase.guidance is None:
+    return "plain"
+  if phase.guidance.label == "same":
+    return "autog"
+  return "cfg" if phase.weak_budget == phase.budget else "ccfg"
+
+
+# The rows that `eval.rows` can ask for.
+ROWS: Mapping[str, Callable[[Config, spec.Model], list[Row]]] = {
+  "budgets": lambda config, model: plain_rows(config, model, config.sample.steps),
+  "guidance": lambda config, model: guided_rows(
+    config, model, config.eval.guidance_scale
+  ),
+  "sampled": sampled_rows,
+}
+
+
+def report_rows(config: Config, model: spec.Model) -> list[Row]:
+  """Those of `eval.rows`, in that order; one that is asked for twice stands once."""
+  rows = [row for name in config.eval.rows for row in ROWS[name](config, model)]
+  return list({row.plan: row for row in reversed(rows)}.values())[::-1]
 
 
 def sweep_rows(config: Config, model: spec.Model) -> list[Row]:

@@ -129,18 +129,24 @@ def looking(
 
   offered = distributed.together(load)
   used = list({id(x): x for x in offered.values()}.values())
-  extract = (
-    features_lib.compile_extract(used, config.sample.batch_size, shape, mesh)
-    if used
-    else None
-  )
+  programs: dict[tuple[int, ...], features_lib.Extract] = {}
+
+  def extract(images: np.ndarray) -> Features:
+    size = config.sample.batch_size
+    if images.shape[1:] not in programs:  # the reference may have another size
+      programs[images.shape[1:]] = features_lib.compile_extract(
+        used, size, images.shape[1:], mesh
+      )
+    return programs[images.shape[1:]](images)
 
   def look(images: np.ndarray) -> Features:
-    seen = extract(images) if extract else {}
+    seen = extract(images) if used else {}
     return {name: seen[name] for name in offered} | {
       name: fn(images) for name, fn in of_pixels.items()
     }
 
+  if used:  # what cannot look at these pictures says so now
+    extract(np.zeros((0, *shape), np.uint8))
   identities = {name: {"name": x.name, **x.identity} for name, x in offered.items()}
   return look, identities
 

@@ -71,6 +71,29 @@ def test_guidance_is_left_out_where_it_means_nothing(leaves, kinds):
   assert [row.kind for row in rows] == kinds
 
 
+def test_rows_can_be_what_is_sampled():
+  config = make_config(
+    eval__rows=("sampled", "budgets"),
+    sample__budgets=("k1", "k4"),
+    guidance__scale=3.0,
+    guidance__budget="k1",
+  )
+  rows = evaluator.report_rows(config, model_of(config))
+  assert [(row.name, row.kind) for row in rows] == [
+    ("k1, guidance 3", "cfg"),
+    ("k4, guidance 3", "ccfg"),
+    ("k4", "plain"),
+    ("k1", "plain"),
+  ]
+  plain = make_config(eval__rows=("sampled", "budgets"), sample__budgets=("k1",))
+  rows = evaluator.report_rows(plain, model_of(plain))
+  assert [row.name for row in rows] == ["k1", "k4"]  # k1 once
+
+
+def test_every_kind_of_row_has_its_function():
+  assert set(evaluator.ROWS) == set(config_lib.ROWS)
+
+
 def test_a_sweep_is_a_grid_and_scales_and_few_programs():
   config = make_config(eval__sweep_steps=(3, 25, 7), eval__sweep_scales=(1.0, 1.5))
   rows = evaluator.sweep_rows(config, model_of(config))

@@ -39,7 +39,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 80
+MOST_LEAVES = 90
 
 
 class Knob(NamedTuple):
@@ -136,6 +136,7 @@ KNOBS = {
   "eval.count": Knob(100, "evaluation"),
   "eval.guidance_scale": Knob(3.0, "evaluation"),
   "eval.seed": Knob(2, "evaluation"),
+  "eval.rows": Knob(("sampled", "budgets"), "evaluation", GUIDED),
   "eval.labels": Knob("random", "evaluation"),
   "eval.metrics": Knob(("sfid",), "evaluation sweeping", TOY),
   "eval.features": Knob(("toy:wide",), "evaluation", TOY),

@@ -155,7 +155,7 @@ CASES = {
   ),
   "statistics of one image": (
     lambda d: against(d, odd(d, count=np.int64(1))),
-    "mu of 1 samples: at least 2",
+    "holds count 1: want a whole number, at least 2",
   ),
   "about is no JSON": (
     lambda d: against(d, odd(d, about=np.array("{"))),
@@ -196,6 +196,11 @@ CASES = {
     lambda d: make_config(eval__labels="randm"),
     "'randm': did you mean 'random'",
   ),
+  "rows of no kind": (
+    lambda d: make_config(eval__rows=("budget",)),
+    "'budget': did you mean 'budgets'",
+  ),
+  "no rows": (lambda d: make_config(eval__rows=()), "eval.rows is empty"),
   "rounding by no rule": (
     lambda d: make_config(sample__uint8="adm"),
     "config.sample.uint8 'adm'",

@@ -158,45 +158,53 @@ def tradeoff_png(
   recognised) against GFLOPs an image (left) and measured ms an image (right).
 
   Vertical bars are one standard error (for the loss that of its paired difference from
-  the largest budget's), horizontal ones span the timed runs. Guided rows appear below
-  only. What real, held-out images score is a line, if `reference` has it.
+  the largest budget's), horizontal ones span the timed runs. Guided rows have no loss of
+  their own. ConfigError if there is no plain row, or nothing to draw of any.
   """
   plain = [row for row in rows if row["kind"] == "plain"]
   guided = [row for row in rows if row["kind"] != "plain"]
-  if not plain:
-    raise ConfigError("the trade-off needs at least one row of kind 'plain', got none")
-  below = _quality(rows, reference or {})
-  figure = drawing.figure((10, 8), ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
+  quantities = [
+    q for q in (_loss_quantity(plain), _quality(rows, reference or {})) if q
+  ]
+  if not plain or not quantities:
+    raise ConfigError(
+      "the trade-off needs at least one row of kind 'plain', and a loss, a metric or "
+      f"'recognised' of it, got {[row['name'] for row in plain]}"
+    )
+  size = (10, 1 + 3.5 * len(quantities))
+  figure = drawing.figure(size, ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
   figure.suptitle(
     "One model, many budgets: quality against compute", fontsize=14, weight="bold"
   )
-  panels = figure.subplots(2 if below else 1, 2, sharex="col", sharey="row")
-  panels = np.reshape(panels, (-1, 2))
+  panels = figure.subplots(
+    len(quantities), 2, sharex="col", sharey="row", squeeze=False
+  )
   costs = (
     ("gflops_per_image", "compute of one image [GFLOPs]"),
     ("ms_per_image", "measured time of one image [ms]"),
   )
   for (cost, cost_label), column in zip(costs, panels.T, strict=True):
-    _draw_curve(column[0], plain, cost, LOSS)
-    if below:
-      _draw_quality(column[1], plain, guided, cost, below)
+    for axes, quantity in zip(column, quantities, strict=True):
+      _draw_quality(axes, plain, guided, cost, quantity)
     column[-1].set_xlabel(cost_label)
-    shown = rows if below else plain
-    drawing.scale_cost(column[-1], [row[cost] for row in shown])
-  panels[0, 0].set_ylabel("validation loss  (lower is better)")
-  notes = (
-    "Vertical bars: one standard error; for the loss, of its difference\n"
-    "from the largest budget's, on the same images, noise and times.",
-    "Horizontal bars: range of the timed runs.",
-  )
+    drawing.scale_cost(column[-1], [row[cost] for row in rows])
+  for axes, quantity in zip(panels[:, 0], quantities, strict=True):
+    axes.set_ylabel(quantity.label)
+    if quantity.share:
+      percent = FuncFormatter(lambda y, _: f"{100 * y:.4g} %")
+      axes.yaxis.set_major_formatter(percent)
+      axes.set_ylim(top=min(axes.get_ylim()[1], 1.005))
+  notes = [
+    "Vertical bars: one standard error.",
+    "Horizontal bars: range of timed runs.",
+  ]
+  if quantities[0].of is _loss_of:
+    notes[0] = (
+      "Vertical bars: one standard error; for the loss, of its difference\n"
+      "from the largest budget's, on the same images, noise and times."
+    )
   for axes, note in zip(panels[0], notes, strict=True):
     axes.set_title(note, fontsize=8.5, color="0.3", loc="left")
-  if below:
-    panels[1, 0].set_ylabel(below.label)
-    if below.share:
-      percent = FuncFormatter(lambda y, _: f"{100 * y:.4g} %")
-      panels[1, 0].yaxis.set_major_formatter(percent)
-      panels[1, 0].set_ylim(top=min(panels[1, 0].get_ylim()[1], 1.005))
   handles, names = panels[-1, 0].get_legend_handles_labels()
   order = sorted(range(len(names)), key=lambda i: names[i].startswith("real"))
   figure.legend(
@@ -221,11 +229,17 @@ class Quantity(NamedTuple):
 
 
 def _loss_of(row: Mapping) -> tuple[float, float] | None:
+  """Of plain rows alone: guidance has no loss of its own."""
   loss = row.get("validation_loss")
-  return None if loss is None else (loss, row.get("validation_loss_paired_se") or 0.0)
+  if loss is None or row["kind"] != "plain":
+    return None
+  return loss, row.get("validation_loss_paired_se") or 0.0
 
 
-LOSS = Quantity("validation loss", _loss_of, falls=True)
+def _loss_quantity(rows: Sequence[Mapping]) -> Quantity | None:
+  if not any(map(_loss_of, rows)):
+    return None
+  return Quantity("validation loss  (lower is better)", _loss_of, falls=True)
 
 
 def _quality(rows: Sequence[Mapping], reference: Mapping) -> Quantity | None:

@@ -125,6 +125,10 @@ def test_without_metrics_the_share_recognised_is_drawn(tmp_path, rows):
   report.tradeoff_png(tmp_path / "c.png", rows)
   pictures = [(tmp_path / f"{name}.png").read_bytes() for name in "abc"]
   assert len(set(pictures)) == 3
+  for row in rows:
+    row["validation_loss"] = None
+  with pytest.raises(ConfigError, match="a loss, a metric or 'recognised'"):
+    report.tradeoff_png(tmp_path / "d.png", rows)
 
 
 def test_table_is_aligned_and_has_every_row(rows):
