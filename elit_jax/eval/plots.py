@@ -82,6 +82,7 @@ GUIDED = {
 }
 NO_GUIDANCE = Style("no guidance, fewer tokens", drawing.PLAIN_COLOUR, "o")
 _LINES = ("-", "--", ":", "-.")
+_SIGNS = {"lower": 1, "higher": -1}
 WIDE = 20  # values that span more are drawn on a logarithmic axis
 _HALO = [withStroke(linewidth=3, foreground="white")]
 
@@ -328,7 +329,7 @@ def _cost_of_guidance(
 def best_of(found: Sequence[Point], better: str) -> list[Point]:
   """The best of the points at each place; none if neither end is better."""
   best: dict[float, Point] = {}
-  sign = {"lower": 1, "higher": -1}.get(better)
+  sign = _SIGNS.get(better, 0)
   for point in found if sign else ():
     if point.x not in best or sign * (point.value - best[point.x].value) < 0:
       best[point.x] = point
@@ -415,7 +416,7 @@ def _heat(
 
 def frontier(found: Sequence[Point], better: str) -> list[Point]:
   """Points that none at the same or a lower cost equals or beats."""
-  sign = {"lower": 1, "higher": -1}.get(better)
+  sign = _SIGNS.get(better, 0)
   if not sign:
     return []
   kept: list[Point] = []

@@ -94,17 +94,15 @@ def _loop(
   noise: Noise,
   schedule: Schedule,
 ) -> jax.Array:
-  *rows, live = schedule
-
   def body(i: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
-    at, coefficients, index = jax.tree.map(
-      lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), rows
+    at, coefficients, step = jax.tree.map(
+      lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), schedule[:3]
     )
-    now = Now(at, coefficients, lambda: noise(index))
+    now = Now(at, coefficients, lambda: noise(step))
     return stepper.step(predict, *carry, now, cond)
 
   # A scan where the number of steps is known to the program.
-  _, x = jax.lax.fori_loop(0, live, body, ((), x))
+  _, x = jax.lax.fori_loop(0, schedule.live, body, ((), x))
   return x
 
 

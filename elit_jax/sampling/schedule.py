@@ -15,7 +15,7 @@ from elit_jax.errors import ConfigError
 from elit_jax.flow.process import Prediction, Process
 from elit_jax.sampling.guidance import At
 from elit_jax.sampling.plan import Phase, Plan, guided_at
-from elit_jax.sampling.step import Coefficients, Stepper, on_device
+from elit_jax.sampling.step import Stepper, on_device
 
 
 class Form(NamedTuple):
@@ -35,14 +35,14 @@ class Form(NamedTuple):
 class Schedule(NamedTuple):
   """The numbers of a phase, a row a step, as the device takes them (floats in fp32).
 
-  at: of every evaluation (S, E). coefficients: of the solver (S, ...). index: of the
-  step in the whole plan (S,). live: how many rows are steps; those behind are filling.
+  at: of every evaluation (S, E). coefficients: of the solver (S, ...). step: its place
+  in the whole plan (S,). live: how many rows are steps; those behind are filling.
   """
 
   at: At
-  coefficients: Coefficients
-  index: np.ndarray
-  live: np.ndarray
+  coefficients: dict[str, jax.Array]
+  step: jax.Array
+  live: jax.Array
 
 
 def forms_of(plan: Plan, stepper: Stepper, process: Process) -> tuple[Form, ...]:
@@ -72,13 +72,11 @@ def schedules(
   made = []
   for phase, span, evaluated, guided_SE in _phases(plan, stepper, times):
     scale = phase.guidance.scale if phase.guidance else 1.0
-    schedule = Schedule(
-      At(evaluated, np.full(guided_SE.shape, scale), guided_SE),
-      {name: column[span] for name, column in coefficients.items()},
-      np.arange(span.start, span.stop, dtype=np.int32),
-      np.int32(phase.steps),
-    )
-    made.append(on_device(schedule))
+    at = (evaluated, np.full(guided_SE.shape, scale), guided_SE)
+    rows = {name: column[span] for name, column in coefficients.items()}
+    step = np.arange(span.start, span.stop, dtype=np.int32)
+    at, rows, step, live = on_device((at, rows, step, np.int32(phase.steps)))
+    made.append(Schedule(At(*at), rows, step, live))
   return tuple(map(_filled, made, most)) if most else tuple(made)
 
 
@@ -149,14 +147,15 @@ def _phases(
 
 
 def _filled(schedule: Schedule, most: int) -> Schedule:
-  *rows, live = schedule
-  if live > most:
+  missing = most - int(schedule.live)
+  if missing < 0:
     raise ConfigError(
-      f"a phase of {live} steps is too long for a program that was compiled for at "
-      f"most {most}: compile it for more"
+      f"a phase of {schedule.live} steps is too long for a program that was compiled "
+      f"for at most {most}: compile it for more"
     )
 
   def fill(leaf: np.ndarray) -> np.ndarray:
-    return np.pad(leaf, [(0, most - live)] + [(0, 0)] * (leaf.ndim - 1))
+    return np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1))
 
-  return Schedule(*jax.tree.map(fill, rows), live)
+  at, coefficients, step = jax.tree.map(fill, schedule[:3])
+  return Schedule(at, coefficients, step, schedule.live)

@@ -10,6 +10,7 @@ import pytest
 from elit_jax.budget import Budget
 from elit_jax.flow.process import process
 from elit_jax.sampling import cost, sampler
+from elit_jax.sampling.guidance import At
 from elit_jax.sampling.plan import Guidance, Phase
 from elit_jax.sampling.steppers import STEPPERS, stepper
 
@@ -118,7 +119,7 @@ def test_scale_one_is_no_guidance(solver: str):
 
 def test_one_euler_step_of_each_guidance_in_closed_form():
   def velocity(budget, label):
-    at = sampler.At(jnp.float32(1), None, None)
+    at = At(jnp.float32(1), None, None)
     return np.asarray(toy(budget)((), X, at, label)[1])
 
   strong = velocity(STRONG, LABEL)

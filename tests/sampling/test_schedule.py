@@ -1,6 +1,7 @@
 """One program for plans that differ in numbers alone."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -12,7 +13,7 @@ from elit_jax import sample, sharding
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
-from elit_jax.models import denoiser, elastic, presets
+from elit_jax.models import denoiser, presets
 from elit_jax.sampling import cost, sampler
 from elit_jax.sampling.plan import Guidance, Phase
 from elit_jax.sampling.schedule import Form, common, forms_of, schedules, together
@@ -30,15 +31,15 @@ def null(label):
 
 
 def toy(budget, heard=None):
-  """A network that depends on everything it is given."""
+  """Depends on everything that it is given, and keeps samples of order one."""
 
   def predict(cache, x, at, label):
     if heard is not None:
       rows = len(x) // len(INDEX)  # a joint batch is two evaluations
       jax.debug.callback(lambda: heard.extend([budget] * rows))
-    latents = jnp.float32(budget.latents)
     shift = label.astype(jnp.float32)[:, None]
-    return cache, jnp.sin(x * at.t) * latents - 0.3 * shift + 0.1 * x
+    bend = jnp.sin(3 * x * at.t) * (budget.latents / 8)
+    return cache, 0.7 * x + bend - 0.1 * shift
 
   return predict
 
@@ -86,37 +87,26 @@ def same(a, b):
   np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1, np.abs(b).max()))
 
 
-SOLVERS = [
-  ("euler", "linear"),
-  ("heun", "cosine"),
-  ("rk5", "linear"),
-  ("sde", "linear"),
-  ("sde sigma", "cosine"),
-  ("ddim", "linear"),
-  ("ddim 0.5 even", "ddpm"),
-  ("ddpm", "linear"),
-  ("ddpm", "ddpm"),
-]
-
-
-@pytest.mark.parametrize("solver,path", SOLVERS)
+@pytest.mark.parametrize(
+  "solver,path",
+  [
+    ("euler", "linear"),
+    ("heun", "cosine"),
+    ("rk5", "linear"),
+    ("sde", "linear"),
+    ("ddim 0.5 even", "ddpm"),
+    ("ddpm", "ddpm"),
+  ],
+)
 def test_one_program_runs_any_steps_scale_and_interval(solver, path):
-  plans = [
-    phase(9, Guidance(1.5)),
-    phase(3, Guidance(4.0)),
-    phase(2),
-    phase(6, Guidance(2.0, low=0.3, high=0.8)),
-  ]
-  shared = Program(plans, solver, path)
-  found = [shared(plan) for plan in plans]
-  for plan, out in zip(plans, found, strict=True):
+  made_for = [phase(9, Guidance(1.5)), phase(6, Guidance(2.0, low=0.3, high=0.8))]
+  plans = [made_for[1], phase(2), phase(4, Guidance(4.0, low=0.4))]
+  shared = Program(made_for, solver, path)
+  found = [shared(plan) for plan in (made_for[0], *plans)]
+  for plan, out in zip(plans, found[1:], strict=True):
     same(out, shared.alone(plan))
   assert shared.traces == 1 and shared.run._cache_size() == 1
-  # And one that it was not made for, in the same program.
-  other = phase(7, Guidance(3.0, low=0.4))
-  same(shared(other), shared.alone(other))
-  assert shared.traces == 1
-  for a, b in zip(found, found[1:], strict=False):
+  for a, b in itertools.combinations(found, 2):
     assert np.abs(a - b).max() > 1e-3
 
 
@@ -125,7 +115,7 @@ def test_one_program_runs_any_steps_scale_and_interval(solver, path):
   [Guidance(2.0), Guidance(2.0, "null", WEAK), Guidance(2.0, "same", WEAK)],
   ids=["cfg", "ccfg", "autog"],
 )
-@pytest.mark.parametrize("solver", ["euler", "heun", "sde"])
+@pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_rows_that_are_no_steps_cost_nothing(guidance, solver):
   heard = []
   network = functools.partial(toy, heard=heard)
@@ -211,19 +201,17 @@ def test_plans_are_sorted_by_program():
 
 # --- with a model, compiled ahead -----------------------------------------------------
 
-MODEL = elastic.elit(
-  presets.preset("SiT-tiny/2", channels=1, classes=CLASSES), (2, 2), 1, 1
-)
-GRID = (8, 8, 1)
+MODEL = presets.preset("SiT-tiny/2", channels=1, classes=CLASSES)
+GRID, FULL = (8, 8, 1), Budget()
 
 
-@functools.cache
 def params():
   """Nothing is zero, as it would be at the start of training."""
-  leaves, tree = jax.tree.flatten(denoiser.init(MODEL, jax.random.key(0)))
   rng = np.random.default_rng(1)
-  moved = [np.asarray(a) + 0.05 * rng.normal(size=a.shape) for a in leaves]
-  return jax.tree.unflatten(tree, [a.astype(np.float32) for a in moved])
+  return jax.tree.map(
+    lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32),
+    denoiser.abstract_params(MODEL),
+  )
 
 
 def compiled(caplog):
@@ -233,37 +221,26 @@ def compiled(caplog):
   return [match[1] for match in found if match]
 
 
-@pytest.mark.parametrize("solver", ["heun", "sde"])
-def test_a_sweep_compiles_once(solver, caplog):
-  mesh = sharding.make_mesh((-1, 1, 1))
-  placed = sharding.shardings(sharding.place(mesh, params()))
-  arrays = jax.device_put(params(), placed)
-  plans = [
-    phase(5, Guidance(1.5, "null", WEAK)),
-    phase(2, Guidance(4.0, "null", WEAK)),
-    phase(3, Guidance(2.0, "null", WEAK, low=0.3)),
-  ]
-  given = (arrays, 7, np.arange(3, 13), np.arange(10) % CLASSES)
+def test_a_sweep_compiles_once(caplog):
+  mesh = sharding.make_mesh((-1, 1, 1), jax.devices()[:2])
+  arrays = params()
+  placed = sharding.shardings(sharding.place(mesh, arrays))
+  arrays = jax.device_put(arrays, placed)
+  plans = [phase(5, Guidance(1.5), FULL), phase(2, Guidance(4.0), FULL)]
+  given = (arrays, 7, np.arange(3, 8), np.arange(5) % CLASSES)
   with jax.log_compiles():
-    draw = sample.compile_sweep(MODEL, plans, solver, "linear", GRID, 10, mesh)
+    draw = sample.compile_sweep(MODEL, plans, "sde", "linear", GRID, 5, mesh)
     first = draw(*given, plans[0])
+    assert compiled(caplog).count("from_seed") == 1
     caplog.clear()
     found = [draw(*given, plan) for plan in plans]
   assert compiled(caplog) == []
   np.testing.assert_array_equal(found[0], first)
-  for plan, out in zip(plans[1:], found[1:], strict=True):
-    fn = sample.sample_fn(MODEL, plan, solver, "linear", GRID)
-    alone = sample.compile_sampler(fn, MODEL, 10, mesh)
-    assert out.shape == (10, *GRID)
-    same(out, alone(*given))
-
-
-def test_programs_are_counted(caplog):
-  """The counter that the test above relies on sees a compilation."""
-  mesh = sharding.make_mesh((-1, 1, 1))
-  with jax.log_compiles():
-    sample.compile_sweep(MODEL, [phase(2), phase(3)], "euler", "linear", GRID, 8, mesh)
-  assert compiled(caplog).count("from_seed") == 1
+  fn = sample.sample_fn(MODEL, plans[1], "sde", "linear", GRID)
+  alone = sample.compile_sampler(fn, MODEL, 5, mesh)
+  assert found[1].shape == (5, *GRID)
+  same(found[1], alone(*given))
+  assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
 def test_plans_that_a_sweep_was_not_compiled_for_are_refused(monkeypatch):
