@@ -2,8 +2,8 @@
 
 Pillow filters along rows, then along columns, with weights of 22 binary digits, and
 rounds to uint8 after either: whole numbers suffice, and nothing is approximated. (From
-13 on it begins with the columns where the height shrinks much more than the width, which
-no square image does. Published distances come from earlier ones; so does this order.)
+13 on it begins with the columns where the height shrinks much more than the width, so
+never for a square image. Published distances come from earlier ones, as does this.)
 """
 
 import functools

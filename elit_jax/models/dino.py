@@ -104,8 +104,8 @@ def abstract_params(dino: Dino) -> Params:
 def tokens(dino: Dino, params: Params, image_BHWC: jax.Array) -> jax.Array:
   """Tokens (B, N, D) after the last norm, fp32, the class token first.
 
-  Images are normalised floats; `params["position"]` has a row for the class token and
-  for each of their patches (see `positions`), or it is a ConfigError.
+  Images are normalised floats and square; `params["position"]` has a row for the class
+  token and for each of their patches (see `positions`), or it is a ConfigError.
   """
   _check(dino, params, image_BHWC)
   # TPUs and late GPUs round the inputs of fp32 matmuls unless told not to.
@@ -128,11 +128,10 @@ def _check(dino: Dino, params: Params, image: jax.Array) -> None:
     raise ConfigError(f"images of shape {image.shape} do not fit: want (B, H, W, 3)")
   if not jnp.issubdtype(image.dtype, jnp.floating):
     raise ConfigError(f"images of type {image.dtype} do not fit: want floats")
-  height, width = image.shape[1:3]
   rows = params["position"].shape[1]
-  count = 1 + (height // dino.patch) * (width // dino.patch)
-  if height % dino.patch or width % dino.patch or count != rows:
-    side = math.isqrt(rows - 1) * dino.patch
+  side = math.isqrt(rows - 1) * dino.patch
+  if image.shape[1:3] != (side, side):
+    height, width = image.shape[1:3]
     raise ConfigError(
       f"images of {height} x {width} pixels do not fit the {rows} positions: want "
       f"{side} x {side}, or other positions"

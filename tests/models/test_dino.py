@@ -147,6 +147,8 @@ def test_scales_of_zero_leave_the_embedding(params: network.Params) -> None:
     ((1, 12, 12, 3), np.uint8, "want floats"),
     ((1, 16, 16, 3), np.float32, "the 10 positions: want 12 x 12"),
     ((1, 12, 13, 3), np.float32, "12 x 13 pixels do not fit"),
+    ((1, 13, 12, 3), np.float32, "13 x 12 pixels do not fit"),
+    ((1, 4, 36, 3), np.float32, "4 x 36 pixels do not fit"),
   ],
 )
 def test_other_images_are_refused(
