@@ -103,7 +103,9 @@ def _update(
     losses_B = optax.softmax_cross_entropy_with_integer_labels(logits, labels[index_B])
     return losses_B.mean()
 
-  changes, state = optimiser.update(jax.grad(loss)(params), state, params)
+  gradients = jax.grad(loss)(params)
+  with jax.numpy_dtype_promotion("standard"):  # optax's own arithmetic is not strict
+    changes, state = optimiser.update(gradients, state, params)
   return optax.apply_updates(params, changes), state
 
 
