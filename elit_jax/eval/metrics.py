@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from elit_jax.errors import ConfigError, lookup
-from elit_jax.eval import neighbours
+from elit_jax.eval import neighbours, threads
 from elit_jax.eval.moments import frechet, frechet_replicates
 from elit_jax.eval.statistics import Statistics, check_same_extractor
 
@@ -205,28 +205,36 @@ def _kid(pair: Pair) -> Value:
   size = min(SUBSET, len(x_NE), len(y_ME))
   rng = np.random.RandomState(pair.seed)
   times_RN = pair.times(len(x_NE))
-  # Sums over pairs of different samples, over samples, and their numbers.
-  among_R, pairs_R, across_R, drawn_R = np.zeros((4, len(times_RN)))
-  reference = 0.0
-  for _ in range(SUBSETS):
-    i = rng.choice(len(x_NE), size, replace=False)
-    j = rng.choice(len(y_ME), size, replace=False)
-    x, y = (np.asarray(a, np.float64) for a in (x_NE[i], y_ME[j]))
-    times_RI = times_RN[:, i]
-    kernel_II, kernel_JJ = _kernel(x, x), _kernel(y, y)
-    np.fill_diagonal(kernel_II, 0)
-    np.fill_diagonal(kernel_JJ, 0)
-    among_R += ((times_RI @ kernel_II) * times_RI).sum(axis=1)
-    pairs_R += times_RI.sum(axis=1) ** 2 - (times_RI**2).sum(axis=1)
-    across_R += times_RI @ _kernel(x, y).mean(axis=1)
-    drawn_R += times_RI.sum(axis=1)
-    reference += kernel_JJ.sum() / (size * (size - 1)) / SUBSETS
+
+  def look(drawn: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Sums over pairs of different samples, over samples, and over the reference."""
+    i, j = drawn
+    x, y, times_RI = x_NE[i], y_ME[j], times_RN[:, i]
+    among_II, among_JJ = _kernel(x, x), _kernel(y, y)
+    np.fill_diagonal(among_II, 0)
+    among = ((times_RI @ among_II) * times_RI).sum(axis=1)
+    pairs = times_RI.sum(axis=1) ** 2 - (times_RI**2).sum(axis=1)
+    across = times_RI @ _kernel(x, y).mean(axis=1)
+    own = (among_JJ.sum() - np.trace(among_JJ)) / (size * (size - 1))
+    return np.stack(
+      [among, pairs, across, times_RI.sum(axis=1), np.full(len(times_RI), own)]
+    )
+
+  subsets = [
+    tuple(rng.choice(len(z), size, replace=False) for z in (x_NE, y_ME))
+    for _ in range(SUBSETS)
+  ]
+  among_R, pairs_R, across_R, drawn_R, own_R = sum(threads.each(look, subsets))
   with np.errstate(invalid="ignore"):  # a replicate of one sample alone
-    return pair.value(among_R / pairs_R - 2 * across_R / drawn_R + reference)
+    return pair.value(among_R / pairs_R - 2 * across_R / drawn_R + own_R / SUBSETS)
 
 
 def _kernel(x_UE: np.ndarray, y_VE: np.ndarray) -> np.ndarray:
-  return (x_UE @ y_VE.T / x_UE.shape[1] + 1) ** 3
+  """(x.y / E + 1)^3 in float64."""
+  k_UV = x_UE.astype(np.float64) @ y_VE.astype(np.float64).T
+  k_UV /= x_UE.shape[1]
+  k_UV += 1
+  return k_UV * k_UV * k_UV  # a power of 3 takes logarithms
 
 
 # --- the table ------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import threadpoolctl
 
 from elit_jax.errors import ConfigError
 from elit_jax.eval import metrics
@@ -32,6 +33,20 @@ def of(x_NE, output="pool", **about):
 
 def value_of(name, sample, reference=None, **settings):
   return evaluate([name], sample, reference, **settings)[name]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_blas_thread():
+  """On small products, threads that wait for each other cost twenty times as much."""
+  with threadpoolctl.threadpool_limits(1):
+    yield
+
+
+@pytest.fixture
+def few_subsets(monkeypatch):
+  """Of KID, which is as right on small ones."""
+  monkeypatch.setattr(metrics, "SUBSETS", 10)
+  monkeypatch.setattr(metrics, "SUBSET", 100)
 
 
 # --- closed forms ---------------------------------------------------------------------
@@ -152,7 +167,7 @@ def test_precision_parity(parity_dir):
   np.testing.assert_allclose([got[n].value for n in names], expected, rtol=1e-12)
 
 
-def test_kid_is_unbiased():
+def test_kid_is_unbiased(few_subsets):
   # Samples of the reference's own distribution: 0 on average, though never less than
   # FID's bias; and there is a closed form for the kernel of points at unit vectors.
   got = [
@@ -226,7 +241,10 @@ def everything(count, seed, offset=0.0):
 @pytest.fixture(scope="module")
 def all_values():
   sample = everything(700, 0, 0.4)
-  return evaluate(list(METRICS), sample, everything(400, 1))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(metrics, "SUBSETS", 10)
+    patch.setattr(metrics, "SUBSET", 100)
+    return evaluate(list(METRICS), sample, everything(400, 1))
 
 
 def test_every_metric_has_a_value_and_an_error(all_values):
@@ -237,7 +255,7 @@ def test_every_metric_has_a_value_and_an_error(all_values):
     assert got.n == 700
 
 
-def test_values_do_not_depend_on_what_else_is_asked_for(all_values):
+def test_values_do_not_depend_on_what_else_is_asked_for(all_values, few_subsets):
   sample, reference = everything(700, 0, 0.4), everything(400, 1)
   for name in METRICS:
     got = value_of(name, sample, reference)
@@ -248,10 +266,10 @@ def test_order_matters_to_splits_and_subsets_alone(all_values):
   order = np.random.default_rng(5).permutation(700)
   sample = everything(700, 0, 0.4)
   shuffled = Statistics(features={k: x[order] for k, x in sample.features.items()})
-  got = evaluate(list(METRICS), shuffled, everything(400, 1), bootstrap=0)
-  for name in METRICS:
-    if name != "kid":  # one split here
-      assert got[name].value == pytest.approx(all_values[name].value, rel=1e-9), name
+  names = [name for name in METRICS if name != "kid"]
+  got = evaluate(names, shuffled, everything(400, 1), bootstrap=0)
+  for name in names:  # one split here
+    assert got[name].value == pytest.approx(all_values[name].value, rel=1e-9), name
 
 
 def test_seeds_change_errors_alone(all_values):
@@ -271,14 +289,14 @@ def test_seeds_change_errors_alone(all_values):
 @pytest.mark.parametrize(
   "name", ["fid", "is", "kid", "precision", "saturation", "precision-nearest"]
 )
-def test_errors_are_the_spread_of_samples_drawn_again(name):
+def test_errors_are_the_spread_of_samples_drawn_again(few_subsets, name):
   reference = everything(400, 1000)
   if name == "fid":
     reference = Statistics(moments={"pool": TRUE})
-  count, offset = 1500, 0.5
+  count, offset = 800, 0.5
   measure = functools.partial(value_of, name, reference=reference)
   spread = np.std(
-    [measure(everything(count, s, offset), bootstrap=0).value for s in range(60)],
+    [measure(everything(count, s, offset), bootstrap=0).value for s in range(50)],
     ddof=1,
   )
   errors = [
@@ -296,7 +314,7 @@ def test_the_error_of_recall_is_that_of_other_reference_images():
 
 def test_errors_shrink_with_samples():
   reference = everything(300, 7)
-  names = ["fid", "is", "precision", "saturation", "kid"]
+  names = ["fid", "is", "precision", "saturation"]
   few, many = (evaluate(names, everything(n, 0, 0.4), reference) for n in (400, 6400))
   for name in names:
     assert 2 < few[name].standard_error / many[name].standard_error < 8, name
