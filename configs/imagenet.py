@@ -85,6 +85,11 @@ def get_config(run: str = "elit-xl-256-mb") -> ConfigDict:
   config.prepare.crop = "center-dhariwal"
   config.flow.path, config.flow.time = family.path, family.time
   config.sample.steps = 50
+  # The papers' protocol; eval.weights and eval.reference are files of yours.
+  config.eval.rows = ("sampled",)
+  config.eval.count, config.eval.labels = 50_000, "random"
+  config.eval.metrics = ("fid", "sfid", "is", "precision", "recall")
+  config.eval.features = ("inception",)
   if family.path == "ddpm":
     config.sample.solver, config.sample.steps = "ddpm", 250
     config.guidance.channels = "three"

@@ -134,8 +134,11 @@ ROWS: Mapping[str, Callable[[Config, spec.Model], list[Row]]] = {
 
 def report_rows(config: Config, model: spec.Model) -> list[Row]:
   """Those of `eval.rows`, in that order; one that is asked for twice stands once."""
-  rows = [row for name in config.eval.rows for row in ROWS[name](config, model)]
-  return list({row.plan: row for row in reversed(rows)}.values())[::-1]
+  found: dict[Plan, Row] = {}
+  for name in config.eval.rows:
+    for row in ROWS[name](config, model):
+      found.setdefault(row.plan, row)
+  return list(found.values())
 
 
 def sweep_rows(config: Config, model: spec.Model) -> list[Row]:

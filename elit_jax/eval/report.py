@@ -158,8 +158,8 @@ def tradeoff_png(
   recognised) against GFLOPs an image (left) and measured ms an image (right).
 
   Vertical bars are one standard error (for the loss that of its paired difference from
-  the largest budget's), horizontal ones span the timed runs. Guided rows have no loss of
-  their own. ConfigError if there is no plain row, or nothing to draw of any.
+  the largest budget's), horizontal ones span the timed runs. Guided rows have no loss
+  of their own. ConfigError if there is no plain row, or nothing to draw of any.
   """
   plain = [row for row in rows if row["kind"] == "plain"]
   guided = [row for row in rows if row["kind"] != "plain"]
