@@ -142,6 +142,12 @@ def test_phases_share_a_program_too():
   assert shared.traces == 1
 
 
+def test_steps_and_their_noise_are_counted_through_the_phases():
+  parts = Program([(Phase(2, STRONG), Phase(3, STRONG))], "sde")
+  whole = Program([phase(5)], "sde")
+  same(parts((Phase(2, STRONG), Phase(3, STRONG))), whole(phase(5)))
+
+
 def test_a_program_knows_of_guidance_only_what_is_needed():
   euler, linear = stepper("euler"), process("linear")
 
