@@ -44,7 +44,7 @@ def seed_of(weights: str) -> int | None:
   kind, colon, seed = weights.partition(":")
   if kind != "random" or not colon:
     return None
-  if not (seed.isascii() and seed.isdecimal()) or int(seed) >= 2**32:
+  if not seed.isdecimal() or int(seed) >= 2**32:
     raise ConfigError(f"weights are {weights!r}: want random:SEED such as random:0")
   return int(seed)
 
