@@ -1,17 +1,19 @@
 """What metrics cost, given features, and how that is shared out.
 
   python -m benchmarks.metrics
-Seconds and memory of each at 50,000 samples with the widths of Inception, against
-10,000 reference images, standard errors included; and the Frechet distance beside one
-by SciPy's sqrtm, in turn. Features are random: no step of any metric gets shorter by
-what they hold, but for the second product of crowded blocks (eval/neighbours.py).
+Seconds, seconds of all processors together, and memory of each at 50,000 samples with
+the widths of Inception, against 10,000 reference images, standard errors included; and
+the Frechet distance beside one by SciPy's sqrtm, in turn. Features are random: no step
+of any metric gets shorter by what they hold, but for the second product of crowded
+blocks (eval/neighbours.py).
 """
 
 import argparse
-import dataclasses
+import functools
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -35,13 +37,22 @@ PARTS: dict[str, tuple[str, ...]] = {
 WIDTHS = {"pool": 2048, "spatial": 2023, "logits": 1008}
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One part: seconds of its one call, and bytes by which the process grew in it."""
+class Row(NamedTuple):
+  """One part: seconds of its one call, those that processors worked on it (on a machine
+  that others use, too, these say more), and bytes by which the process grew in it.
+  """
 
   part: str
   seconds: float
+  worked: float
   peak_bytes: int | None
+
+  def line(self, total: float) -> str:
+    grown = "" if self.peak_bytes is None else f"{self.peak_bytes / 1e6:.0f}"
+    share = f"{self.worked / total:.1%}"
+    return (
+      f"{self.part:24} {self.seconds:9.1f} {self.worked:10.1f} {share:>7} {grown:>11}"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,14 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
   lines = [
     f"{a.samples} samples, {a.reference} reference images, widths "
     f"{tuple(widths.values())}, {a.bootstrap} replicates, {cores()} processors",
-    f"{'part':24} {'seconds':>9} {'share':>7} {'grew by MB':>11}",
+    f"{'part':24} {'seconds':>9} {'processors':>10} {'share':>7} {'grew by MB':>11}",
   ]
   rows = measured(a.samples, a.reference, widths, a.bootstrap)
-  total = sum(row.seconds for row in rows)
-  for row in [*rows, Row("all", total, None)]:
-    grown = "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}"
-    share = row.seconds / total
-    lines.append(f"{row.part:24} {row.seconds:9.1f} {share:7.1%} {grown:>11}")
+  total = sum(row.worked for row in rows)
+  everything = Row("all", sum(row.seconds for row in rows), total, None)
+  lines += [row.line(total) for row in [*rows, everything]]
   if not a.no_sqrtm:
     lines.append(beside_sqrtm(widths["pool"], a.rounds))
   sys.stdout.write("\n".join(lines) + "\n")
@@ -93,24 +102,21 @@ def measured(
   for part, names in PARTS.items():
     if part == "saturation":
       # What there is to do for each image; its mean is nothing beside that.
-      row = timed("saturation, 256 px", lambda: saturation(images))
-      rows.append(dataclasses.replace(row, seconds=row.seconds * samples / len(images)))
-      continue
-    rows.append(timed(part, lambda names=names: evaluate(names, own, other, bootstrap)))
+      row, times = timed(f"{part}, 256 px", lambda: saturation(images)), samples / 64
+      rows.append(row._replace(seconds=row.seconds * times, worked=row.worked * times))
+    else:
+      call = functools.partial(evaluate, names, own, other, bootstrap)
+      rows.append(timed(part, call))
+    sys.stderr.write(f"{rows[-1]}\n")
   return rows
 
 
 def timed(part: str, thunk: Callable[[], object]) -> Row:
   """One call, the first."""
-  seconds = []
-
-  def call() -> None:
-    start = time.perf_counter()
-    thunk()
-    seconds.append(time.perf_counter() - start)
-
-  peak = resident_peak(call)
-  return Row(part, seconds[0], peak)
+  start, worked = time.perf_counter(), time.process_time()
+  peak = resident_peak(thunk)
+  seconds, worked = time.perf_counter() - start, time.process_time() - worked
+  return Row(part, seconds, worked, peak)
 
 
 def beside_sqrtm(width: int, rounds: int) -> str:

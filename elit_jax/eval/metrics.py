@@ -220,11 +220,12 @@ def _kid(pair: Pair) -> Value:
       [among, pairs, across, times_RI.sum(axis=1), np.full(len(times_RI), own)]
     )
 
-  subsets = [
-    tuple(rng.choice(len(z), size, replace=False) for z in (x_NE, y_ME))
-    for _ in range(SUBSETS)
-  ]
-  among_R, pairs_R, across_R, drawn_R, own_R = sum(threads.each(look, subsets))
+  def draw(x: np.ndarray) -> np.ndarray:
+    return rng.choice(len(x), size, replace=False)
+
+  subsets = [(draw(x_NE), draw(y_ME)) for _ in range(SUBSETS)]
+  sums = np.sum(list(threads.each(look, subsets)), axis=0)
+  among_R, pairs_R, across_R, drawn_R, own_R = sums
   with np.errstate(invalid="ignore"):  # a replicate of one sample alone
     return pair.value(among_R / pairs_R - 2 * across_R / drawn_R + own_R / SUBSETS)
 

@@ -56,12 +56,23 @@ def test_flags_are_those_of_the_definition(small_blocks, shape):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_an_offset_that_dwarfs_the_distances_changes_nothing(small_blocks):
+def test_an_offset_that_dwarfs_the_distances_changes_nothing(monkeypatch, small_blocks):
+  # Nor does it take float64, as what is near for its length would.
+  monkeypatch.setattr(neighbours, "CROWDED", 0)
+  products, expanded = [], neighbours._expanded
+
+  def spied(u_UE, v_VE):
+    products.append(u_UE.dtype)
+    return expanded(u_UE, v_VE)
+
+  monkeypatch.setattr(neighbours, "_expanded", spied)
   sample, reference = (cloud(60, 8, seed) for seed in (0, 1))
   sample, reference = (np.round(x * 64) / 64 for x in (sample, reference))
   far = neighbours.inside(sample + 4096, reference + 4096)  # exact in fp32
   for got, expected in zip(far, brute(sample, reference), strict=True):
     np.testing.assert_array_equal(got, expected)
+  alike = sum(dtype == np.float64 for dtype in products)
+  assert alike == 8  # the blocks on the diagonals, of a point and itself
 
 
 def test_identical_sets_are_within_each_other(small_blocks):
