@@ -7,9 +7,12 @@ import dataclasses
 import hashlib
 import pathlib
 import re
+from collections.abc import Callable
+from typing import Any
 
 from elit_jax.errors import ConfigError
 
+Params = dict[str, Any]
 HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)/([\w./-]+)")
 
 
@@ -17,26 +20,32 @@ HUB = re.compile(r"hub:([\w.-]+/[\w.-]+)/([\w./-]+)")
 class Published:
   """A file of weights as its authors offer it.
 
-  where: its address (https://...), hub:OWNER/NAME/FILE, or the command that makes it.
-  sha256: of the whole file, or as many of its first digits as are known; "" if none
-  are.
+  advice: what to run to have it, and what to give then, for a sentence. sha256: of the
+  whole file, or as many of its first digits as are known; "" if none are.
   """
 
   file: str
-  where: str
+  advice: str
   sha256: str = ""
 
-  @property
-  def advice(self) -> str:
-    """How to get it, for a sentence."""
-    if self.where.startswith("hub:"):
-      return (
-        f"give {self.where!r}, which fetches it from the Hugging Face hub, or the path "
-        f"of {self.file}"
-      )
-    is_address = self.where.startswith("https:")
-    command = f"curl -fLO {self.where}" if is_address else self.where
-    return f"run `{command}` and give the path of {self.file}"
+
+def obtain(
+  name: str,
+  weights: str,
+  published: Published,
+  read: Callable[[pathlib.Path], Params],
+  rehearse: Callable[[int], Params],
+) -> tuple[Params, str]:
+  """Parameters of the extractor `name`, and what a protocol says of them.
+
+  weights: a path, hub:OWNER/NAME/FILE or random:SEED, for `rehearse`. ConfigError if
+  there is no such file or `read` finds that it does not fit.
+  """
+  seed = seed_of(weights)
+  if seed is not None:
+    return rehearse(seed), weights
+  path, digest = locate(weights, name, published)
+  return read(path), f"sha256:{digest}"
 
 
 def seed_of(weights: str) -> int | None:

@@ -1,6 +1,5 @@
 """Names of DINOv2 in files of transformers (`Dinov2Model`) and of Meta's own hub."""
 
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -185,16 +184,14 @@ def _other(dino: Dino, tensors: Tensors, names: Names) -> str:
   )
 
 
-def load(dino: Dino, path: str | os.PathLike[str]) -> tuple[Params, str]:
-  """Parameters (fp32 arrays of numpy) from a file of weights, and the file's SHA-256.
+def load(dino: Dino, path: str | os.PathLike[str]) -> Params:
+  """Parameters (fp32 arrays of numpy) from a file of weights.
 
   ConfigError if it cannot be read, or does not fit: see `from_tensors`.
   """
   path = pathlib.Path(path)
   tensors = files.read(path)
   try:
-    params = from_tensors(dino, tensors)
+    return from_tensors(dino, tensors)
   except ConfigError as error:
     raise ConfigError(f"{path} does not fit: {error}") from None
-  with path.open("rb") as file:
-    return params, hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Names of Inception v3 in the weights that torch-fidelity and pytorch-fid share."""
 
-import hashlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -37,22 +36,13 @@ def table() -> list[Entry]:
   return rows + linear("fc", ("fc",))
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Params, str]:
-  """Parameters (fp32 arrays of numpy) from a file of weights, and the file's SHA-256.
+def load(path: str | os.PathLike[str]) -> Params:
+  """Parameters (fp32 arrays of numpy) from a file of weights.
 
-  ConfigError if it cannot be read, is not the file that its name promises, is another
-  Inception, or does not fit; that lists the tensors that are missing, unused, of
-  another shape or type, or not finite.
+  ConfigError if it cannot be read, is another Inception, or does not fit; that lists
+  the tensors that are missing, unused, of another shape or type, or not finite.
   """
-  path = pathlib.Path(path).expanduser()
-  if not path.exists():
-    raise ConfigError(f"no such file: {path}; {FETCH}")
-  digest = _digest(path) if path.is_file() else ""
-  if path.suffix == ".pth" and HASH in path.name and not digest.startswith(HASH):
-    raise ConfigError(
-      f"{path} is cut short, damaged or another file: its SHA-256 starts with "
-      f"{digest[:8]}, its name says {HASH}; fetch it again from {URL}"
-    )
+  path = pathlib.Path(path)
   tensors = {
     name: tensor
     for name, tensor in files.read(path).items()
@@ -64,12 +54,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Params, str]:
   except ConfigError as error:
     raise ConfigError(f"{path} does not fit: {error}") from None
   _check_variances(path, tensors)
-  return params, digest
-
-
-def _digest(path: pathlib.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+  return params
 
 
 def _refuse_torchvision(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -7,13 +7,12 @@ import types
 import pytest
 
 from elit_jax.errors import ConfigError
-from elit_jax.eval.weights import Published, locate, seed_of
+from elit_jax.eval.weights import Published, locate, obtain, seed_of
 
 CONTENT = b"weights"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-FILE = Published("net-1.safetensors", "https://host.org/net-1.safetensors", DIGEST[:8])
-ON_HUB = Published("model.safetensors", "hub:authors/net/model.safetensors")
-MADE = Published("net-2.safetensors", "python make.py net-2.safetensors")
+ADVICE = "run `curl net` and give its path"
+FILE = Published("net-1.safetensors", ADVICE, DIGEST[:8])
 
 
 def saved(folder, name=FILE.file, content=CONTENT):
@@ -43,22 +42,27 @@ def test_what_has_the_published_name_has_the_published_hash(tmp_path) -> None:
   assert locate(str(other), "net", FILE)[1] == hashlib.sha256(b"weighty").hexdigest()
 
 
-@pytest.mark.parametrize(
-  ("published", "words"),
-  [
-    (FILE, f"run `curl -fLO {FILE.where}` and give the path of {FILE.file}"),
-    (ON_HUB, f"give '{ON_HUB.where}', .* or the path of model.safetensors"),
-    (MADE, "run `python make.py net-2.safetensors` and give the path of net-2"),
-  ],
-)
-def test_without_weights_it_says_which_and_how(tmp_path, published, words) -> None:
-  with pytest.raises(ConfigError, match=f"extractor 'net' has no weights: {words}"):
-    locate("", "net", published)
+def test_without_weights_it_says_which_and_how(tmp_path) -> None:
+  with pytest.raises(ConfigError, match=f"extractor 'net' has no weights: {ADVICE}"):
+    locate("", "net", FILE)
   gone = tmp_path / "gone.pth"
-  with pytest.raises(ConfigError, match=f"no such file: {gone}; .*'net' {words}"):
-    locate(str(gone), "net", published)
-  with pytest.raises(ConfigError, match=f"{tmp_path} is a folder; .*'net' {words}"):
-    locate(str(tmp_path), "net", published)
+  with pytest.raises(ConfigError, match=f"no such file: {gone}; .*'net' {ADVICE}"):
+    locate(str(gone), "net", FILE)
+  with pytest.raises(ConfigError, match=f"{tmp_path} is a folder; .*'net' {ADVICE}"):
+    locate(str(tmp_path), "net", FILE)
+
+
+def test_parameters_are_read_or_rehearsed(tmp_path) -> None:
+  def read(path):
+    return {"read": path}
+
+  def rehearse(seed):
+    return {"seed": seed}
+
+  path = saved(tmp_path)
+  assert obtain("net", "random:7", FILE, read, rehearse) == ({"seed": 7}, "random:7")
+  found = obtain("net", str(path), FILE, read, rehearse)
+  assert found == ({"read": path}, f"sha256:{DIGEST}")
 
 
 def hub(monkeypatch, download) -> None:

@@ -25,7 +25,9 @@ from elit_jax.ports.tables import Entry, import_tensors
 
 SHIPPED = pathlib.Path(__file__).with_suffix(".safetensors")
 PUBLISHED = weights_lib.Published(
-  SHIPPED.name, f"python -m elit_jax.eval.extractors.digits --out {SHIPPED.name}"
+  SHIPPED.name,
+  f"run `python -m elit_jax.eval.extractors.digits --out {SHIPPED.name}` and give the "
+  f"path of {SHIPPED.name}",
 )
 
 # By five-fold cross-validation within the training digits, which misread 14 of 1,500.
@@ -37,21 +39,22 @@ RATE, DECAY = 3e-3, 0.1
 
 def load(weights: str = "") -> Extractor:
   """The extractor with the weights that are shipped, or those of a file or a seed."""
-  seed = weights_lib.seed_of(weights)
-  if seed is not None:
-    params, known_by = jax.device_get(network.init(jax.random.key(seed))), weights
-  else:
-    params, known_by = _read(weights or str(SHIPPED))
+  params, known_by = weights_lib.obtain(
+    "digits", weights or str(SHIPPED), PUBLISHED, _read, _rehearse
+  )
   identity = {"name": "digits", "weights": known_by, "resize": "none: 8 x 8 pixels"}
   return Extractor("digits", dict(network.OUTPUTS), network.apply, params, identity)
 
 
-def _read(weights: str) -> tuple[Params, str]:
-  path, digest = weights_lib.locate(weights, "digits", PUBLISHED)
+def _rehearse(seed: int) -> Params:
+  return jax.device_get(network.init(jax.random.key(seed)))
+
+
+def _read(path: pathlib.Path) -> Params:
   shapes = network.abstract_params()
   table = [Entry(name, tuple(name.split("/"))) for name in trees.by_path(shapes)]
   try:
-    return import_tensors(table, shapes, weight_files.read(path)), digest
+    return import_tensors(table, shapes, weight_files.read(path))
   except ConfigError as error:
     raise ConfigError(f"{path} does not fit the extractor 'digits': {error}") from None
 

@@ -1,13 +1,13 @@
 """DINOv2's class token, the feature of FDD (Stein et al. 2023, arXiv:2306.04675)."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from elit_jax.errors import ConfigError, lookup
+from elit_jax.eval import weights as weights_lib
 from elit_jax.eval.bicubic import pillow_bicubic
 from elit_jax.eval.features import Extractor, Params
 from elit_jax.models import dino as network
@@ -35,7 +35,18 @@ def load(name: str, weights: str) -> Extractor:
   """
   lookup(RELEASES, name, "DINOv2")
   found = network.dino(name)
-  params, identity = _weights(name, weights)
+
+  def rehearse(seed: int) -> Params:
+    make = jax.jit(functools.partial(network.init, found))
+    return jax.device_get(make(jax.random.key(seed)))
+
+  params, identity = weights_lib.obtain(
+    name,
+    weights,
+    weights_lib.Published(HUB_FILE, where(name)),
+    functools.partial(port.load, found),
+    rehearse,
+  )
   return Extractor(
     name=name,
     outputs={"cls": found.width},
@@ -71,61 +82,11 @@ def describe(dino: Dino, params: Params, images: jax.Array) -> dict[str, jax.Arr
   return {"cls": network.tokens(dino, params, (rgb_BHWC - mean) / std)[:, 0]}
 
 
-def _weights(name: str, weights: str) -> tuple[Params, str]:
-  """Parameters of the whole network on the host, and what a protocol calls them."""
-  found = network.dino(name)
-  kind, colon, rest = weights.partition(":")
-  if colon and kind == "random":
-    if not rest.isdecimal() or int(rest) >= 2**32:
-      raise ConfigError(
-        f"weights of {name} are {weights!r}: want random:SEED such as random:0"
-      )
-    make = jax.jit(functools.partial(network.init, found))
-    return jax.device_get(make(jax.random.key(int(rest)))), weights
-  path = (
-    _downloaded(name, weights) if colon and kind == "hub" else _local(name, weights)
-  )
-  params, digest = port.load(found, path)
-  return params, f"sha256:{digest}"
-
-
-def _local(name: str, weights: str) -> pathlib.Path:
-  path = pathlib.Path(weights).expanduser()
-  if not weights or not path.is_file():
-    what = f"there is no file {weights}" if weights else f"{name} has no weights"
-    raise ConfigError(f"{what}: {where(name)}")
-  return path
-
-
 def where(name: str) -> str:
   """Which file to fetch for an extractor, from where, and how it is then named."""
   repository, file = RELEASES[name]
   return (
-    f"{name} wants {HUB_FILE} of {repository} (`hf download {repository} {HUB_FILE}`), "
-    f"or {SITE}/{file}/{file}_pretrain.pth; give its path, "
-    f"hub:{repository}/{HUB_FILE} to have it fetched, or random:0 to rehearse"
+    f"give hub:{repository}/{HUB_FILE} to have it fetched; or fetch it (`hf download "
+    f"{repository} {HUB_FILE}`), or {SITE}/{file}/{file}_pretrain.pth, and give its "
+    "path; or random:0 to rehearse"
   )
-
-
-def _downloaded(name: str, weights: str) -> pathlib.Path:
-  """A file of the Hugging Face hub on this disk."""
-  owner, _, rest = weights.removeprefix("hub:").partition("/")
-  repository, _, file = rest.partition("/")
-  if not (owner and repository and file):
-    raise ConfigError(
-      f"weights of {name} are {weights!r}: want hub:OWNER/NAME/FILE such as "
-      f"hub:{RELEASES[name][0]}/{HUB_FILE}"
-    )
-  try:
-    import huggingface_hub
-  except ImportError:
-    raise ConfigError(
-      f"{weights} needs huggingface_hub: pip install 'elit_jax[hub]', or fetch the "
-      "file and give its path"
-    ) from None
-  try:
-    return pathlib.Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
-  except Exception as error:  # noqa: BLE001  # of the network, the login, the hub
-    raise ConfigError(
-      f"the hub gives no {weights}: {' '.join(str(error).split())[:300]}"
-    ) from None

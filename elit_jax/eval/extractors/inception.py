@@ -4,10 +4,15 @@ import jax
 import jax.numpy as jnp
 
 from elit_jax.errors import ConfigError
+from elit_jax.eval import weights as weights_lib
 from elit_jax.eval.features import Extractor, Params
 from elit_jax.eval.resize import tf1_bilinear
 from elit_jax.models import inception
 from elit_jax.ports import inception as port
+
+PUBLISHED = weights_lib.Published(
+  port.FILE, f"{port.FETCH}, or random:0 to rehearse", port.HASH
+)
 
 
 def load(weights: str) -> Extractor:
@@ -15,7 +20,9 @@ def load(weights: str) -> Extractor:
 
   Raises ConfigError.
   """
-  params, identity = _weights(weights)
+  params, identity = weights_lib.obtain(
+    "inception", weights, PUBLISHED, port.load, inception.rehearsal
+  )
   about = {
     "name": "inception",
     "weights": identity,
@@ -24,20 +31,6 @@ def load(weights: str) -> Extractor:
     "matmul_precision": "highest",
   }
   return Extractor("inception", dict(inception.OUTPUTS), apply, params, about)
-
-
-def _weights(weights: str) -> tuple[Params, str]:
-  """Parameters, and the SHA-256 of their file or how they were drawn."""
-  if not weights:
-    raise ConfigError(
-      f"Inception's features need weights: {port.FETCH}, or give random:0 to rehearse"
-    )
-  kind, colon, seed = weights.partition(":")
-  if kind != "random" or not colon:
-    return port.load(weights)
-  if not seed.isdecimal() or int(seed) >= 2**32:
-    raise ConfigError(f"weights {weights!r}: want random:SEED such as random:0")
-  return inception.rehearsal(int(seed)), weights
 
 
 def apply(params: Params, images_BHWC: jax.Array) -> dict[str, jax.Array]:

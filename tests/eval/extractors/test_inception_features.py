@@ -3,6 +3,8 @@
 That its numbers are torch-fidelity's is held in tests/parity/test_inception.py.
 """
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -67,8 +69,11 @@ def test_what_is_no_image_is_refused(
 @pytest.mark.parametrize(
   ("weights", "words"),
   [
-    ("", f"need weights: fetch {port.FILE} with `curl -LO {port.URL}`"),
-    ("nowhere.pth", f"no such file: nowhere.pth; fetch {port.FILE}"),
+    ("", f"has no weights: fetch {port.FILE} with `curl -LO {port.URL}`"),
+    (
+      "nowhere.pth",
+      f"no such file: nowhere.pth; for extractor 'inception' fetch {port.FILE}",
+    ),
     ("random:", "want random:SEED such as random:0"),
     ("random:-1", "want random:SEED"),
     ("random:4294967296", "want random:SEED"),
@@ -79,3 +84,10 @@ def test_weights_that_there_are_not(weights: str, words: str) -> None:
     inception.load(weights)
   assert words in str(error.value)
   assert "\n" not in str(error.value)
+
+
+def test_the_hash_is_that_of_the_name(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / port.FILE
+  path.touch()
+  with pytest.raises(ConfigError, match="not what is published .* not 6726825d"):
+    inception.load(str(path))
