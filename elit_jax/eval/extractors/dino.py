@@ -55,8 +55,11 @@ def load(name: str, weights: str) -> Extractor:
     identity={
       "name": name,
       "weights": identity,
-      "resize": f"Pillow's bicubic, antialiased, uint8 {SIDE} x {SIDE}",
+      "resize": f"pillow_bicubic {SIDE}, rows first",
+      "normalise": "ImageNet's mean and deviation",
       "positions": f"bicubic, offset {network.OFFSET}, not antialiased",
+      "dtype": "float32",
+      "matmul_precision": "highest",
     },
   )
 
