@@ -483,7 +483,7 @@ def test_a_sweep_in_one_command(tiny_run, workdir):
   assert len(list(folder.glob("*.png"))) >= 3
   assert not list(folder.glob("*.npz"))  # of samples nothing is kept
   with pytest.raises(ConfigError, match="eval.metrics is empty"):
-    tiny_run("sweep", workdir, TWO)
+    tiny_run("sweep", workdir, TWO, "--config.eval.metrics=()")
 
 
 def test_evaluation_as_training_goes(tiny_run, workdir, monkeypatch):

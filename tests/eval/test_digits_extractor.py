@@ -15,7 +15,7 @@ from elit_jax import sharding
 from elit_jax.errors import ConfigError
 from elit_jax.eval import features
 from elit_jax.eval.extractors import digits
-from elit_jax.eval.metrics import frechet_distance, moments
+from elit_jax.eval.moments import frechet_distance, moments
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/add_an_extractor.md").read_text("utf-8")

@@ -1,6 +1,5 @@
 """DINOv2 from files: both spellings, and what is refused by what name."""
 
-import hashlib
 import pathlib
 from collections.abc import Callable
 
@@ -49,10 +48,9 @@ def test_a_file_gives_back_what_was_exported(
   names: port.Names, tmp_path: pathlib.Path
 ) -> None:
   path = saved(tmp_path, exported(names))
-  params, digest = port.load(TINY, path)
+  params = port.load(TINY, path)
   assert same(params, random_params(TINY))
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
-  assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("names", port.SPELLINGS)
