@@ -38,7 +38,7 @@ from elit_jax.data.stored import unpack
 from elit_jax.errors import ConfigError
 from elit_jax.eval import digits, plots, protocol, report
 from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
-from elit_jax.evaluator import Drawn, Row
+from elit_jax.evaluator import Drawn, Row, View
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 
@@ -77,13 +77,7 @@ class Bench:
   mesh: Mesh
   step: int
   params: Any
-  decoder: autoencoder.Decoder | None
-  instruments: measure.Instruments | None
-
-  @property
-  def about(self) -> dict[str, Any]:
-    """What a protocol says of it."""
-    return evaluator.about(self.step, self.decoder, self.instruments)
+  view: View
 
 
 def set_up(config: Config, workdir: pathlib.Path) -> Bench:
@@ -97,7 +91,7 @@ def set_up(config: Config, workdir: pathlib.Path) -> Bench:
   shape = decoder.shape if decoder else config.data.shape
   source = functools.partial(train.open_source, config)
   instruments = measure.instruments(config, mesh, shape, source)
-  return Bench(config, model, mesh, step, params, decoder, instruments)
+  return Bench(config, model, mesh, step, params, View(decoder, instruments))
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
@@ -175,7 +169,7 @@ def real_images(bench: Bench, held_out: Source) -> dict[str, Any] | None:
   """What held-out images score by the metrics, {} where the data are no pictures; None
   if a termination signal came.
   """
-  config, instruments = bench.config, bench.instruments
+  config, instruments = bench.config, bench.view.instruments
   if instruments is None or config.data.vae:
     return {}
   images = measure.source_images(held_out, config)
@@ -236,7 +230,7 @@ def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:
   """
   folder = report.with_name(f"{report.name}.partial")
   settings = config_lib.to_json(bench.config)
-  settings |= {"step": bench.step, "about": bench.about}
+  settings |= {"step": bench.step, "about": evaluator.about(bench.step, bench.view)}
 
   def open_folder() -> None:
     files.make_folder(folder)
@@ -274,11 +268,12 @@ def draw(
     bench.model,
     rows,
     programs,
-    (bench.decoder, bench.instruments),
+    bench.view,
     bench.params,
     folder / "chunks",
-    bench.about,
+    bench.step,
     keep,
+    evaluator.TIMED,
     take,
   )
 

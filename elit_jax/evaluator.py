@@ -4,6 +4,7 @@ A row is one way of sampling. Its samples are drawn in batches; each batch is ke
 disk with what the instruments see in it, so that a run cut short draws none again.
 """
 
+import contextlib
 import functools
 import pathlib
 import time
@@ -196,15 +197,25 @@ def program_of(
 # --- samples --------------------------------------------------------------------------
 
 
+class View(NamedTuple):
+  """How samples become pictures, and what is seen in these."""
+
+  decoder: autoencoder.Decoder | None
+  instruments: Instruments | None
+
+
 class Drawn(NamedTuple):
   """Samples of a row as far as they were kept, what is seen in all of them, and the ms
   an image of every timed batch. Only process 0 should ask for arrays.
+
+  seconds: that sampling, decoding and features took of what was not there already.
   """
 
   row: Row
   folder: pathlib.Path
   labels: np.ndarray
   ms: list[float]
+  seconds: dict[str, float]
 
   def chunks(self, name: str) -> Iterator[np.ndarray]:
     """One array of every batch, in order."""
@@ -243,16 +254,16 @@ def draw_row(
   config: Config,
   row: Row,
   draw: Draw,
-  decoder: autoencoder.Decoder | None,
-  instruments: Instruments | None,
+  view: View,
   params: Any,
   folder: pathlib.Path,
   keep: int,
+  timed: int,
 ) -> Drawn | None:
-  """Draws the samples of a row that `folder` lacks, and measures them.
+  """Draws the samples of a row that `folder` lacks, and looks at them.
 
   The first `keep` samples stay on disk beside what was seen. The first batch is the
-  warm-up; at least three more are timed, and drawn again where the row has too few.
+  warm-up; at least `timed` more are timed, and drawn again where the row has too few.
   None if a termination signal came.
   """
   size = config.sample.batch_size
@@ -265,31 +276,43 @@ def draw_row(
 
   missing = distributed.on_leader(find)
   progress = Progress(f"sample {row.name}", row.count, 1)
+  seconds = dict.fromkeys(("sampling", "decoding", "features"), 0.0)
   ms = []
   for first in firsts:
     if preemption.requested():
       return None
     index = np.arange(first, min(first + size, row.count))
     if first in missing:
-      start = time.monotonic()
-      samples = draw(params, config.eval.seed, index, labels[index])
+      with _clock(seconds, "sampling") as start:
+        samples = draw(params, config.eval.seed, index, labels[index])
       if first and len(index) == size:
-        ms.append(1e3 * (time.monotonic() - start) / size)
-      pictures = decoder.decode(samples) if decoder else samples
-      stored = files.as_stored(pictures, config.sample.uint8)
-      seen = instruments.look(stored) if instruments else {}
+        ms.append(1e3 * (seconds["sampling"] - start) / size)
+      with _clock(seconds, "decoding"):
+        pictures = view.decoder.decode(samples) if view.decoder else samples
+        stored = files.as_stored(pictures, config.sample.uint8)
+      with _clock(seconds, "features"):
+        seen = view.instruments.look(stored) if view.instruments else {}
       if distributed.is_leader():
         with files.atomic(chunks / f"{first:07d}.npz") as partial:
           kept = stored[: max(0, keep - first)]
           np.savez(partial, allow_pickle=False, arr_0=kept, **seen)
     progress.update(int(index[-1]) + 1)
   # Every process has to draw as often as the others.
-  for _ in range(TIMED - distributed.on_leader(lambda: min(TIMED, len(ms)))):
-    start = time.monotonic()
-    full = sample.balanced_labels(size, config.model.classes)
-    draw(params, config.eval.seed, np.arange(size), full)
-    ms.append(1e3 * (time.monotonic() - start) / size)
-  return Drawn(row, chunks, labels, ms)
+  for _ in range(timed - distributed.on_leader(lambda: min(timed, len(ms)))):
+    again = {"again": 0.0}
+    with _clock(again, "again"):
+      full = sample.balanced_labels(size, config.model.classes)
+      draw(params, config.eval.seed, np.arange(size), full)
+    ms.append(1e3 * again["again"] / size)
+  return Drawn(row, chunks, labels, ms, seconds)
+
+
+@contextlib.contextmanager
+def _clock(seconds: dict[str, float], name: str) -> Iterator[float]:
+  """Adds what the block takes to `seconds[name]`; gives what stood there before."""
+  before, start = seconds[name], time.monotonic()
+  yield before
+  seconds[name] += time.monotonic() - start
 
 
 def labels_of(config: Config, count: int) -> np.ndarray:
@@ -316,30 +339,34 @@ def draw_rows(
   model: spec.Model,
   rows: Sequence[Row],
   programs: Mapping[Any, Callable],
-  seen_by: tuple[autoencoder.Decoder | None, Instruments | None],
+  view: View,
   params: Any,
   folder: pathlib.Path,
-  about: Mapping[str, Any],
+  step: int,
   keep: int = 0,
+  timed: int = 0,
   take: Callable[[Drawn], dict[str, Any]] = lambda drawn: {},
 ) -> list[dict[str, Any]] | None:
   """The figures of all rows, on process 0; what `take` makes of a row joins its own.
 
-  programs: of `samplers`. The rest is as of `draw_row` and `figures`; None if a
-  termination signal came.
+  programs: of `samplers`. step: of the checkpoint. The rest is as of `draw_row`; None
+  if a termination signal came.
   """
   table: list[dict[str, Any]] = []
-  decoder, instruments = seen_by
+  said = about(step, view)
   for row in rows:
     draw = program_of(row, rows, programs)
-    drawn = draw_row(config, row, draw, decoder, instruments, params, folder, keep)
+    drawn = draw_row(config, row, draw, view, params, folder, keep, timed)
     if drawn is None:
       return None
 
     def measured(row: Row = row, drawn: Drawn = drawn) -> None:
-      found = figures(config, model, row, drawn.ms, about)
-      found["metrics"] = instruments.score(drawn.features()) if instruments else {}
-      table.append(found | take(drawn))
+      found = figures(config, model, row, drawn.ms, said)
+      seconds = drawn.seconds | {"metrics": 0.0}
+      with _clock(seconds, "metrics"):
+        tools = view.instruments
+        found["metrics"] = tools.score(drawn.features()) if tools else {}
+      table.append(found | {"seconds": seconds} | take(drawn))
       logging.info("%s", protocol.summary(found))
 
     distributed.on_leader(measured)
@@ -426,14 +453,12 @@ def protocol_of(
   }
 
 
-def about(
-  step: int, decoder: autoencoder.Decoder | None, instruments: Instruments | None
-) -> dict[str, Any]:
+def about(step: int, view: View) -> dict[str, Any]:
   """What a protocol says of the weights and of the instruments."""
   return {
     "subject": {
       "checkpoint_step": step,
-      "decoder": decoder.identity if decoder else None,
+      "decoder": view.decoder.identity if view.decoder else None,
     },
-    "measurement": instruments.measurement if instruments else {},
+    "measurement": view.instruments.measurement if view.instruments else {},
   }

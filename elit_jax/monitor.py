@@ -327,9 +327,10 @@ class Evaluations:
     self._config = dataclasses.replace(config, sample=settings)
     self._model, self._average = model, average
     self._folder = workdir / "evaluations"
-    self._decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
-    shape = self._decoder.shape if self._decoder else config.data.shape
-    self._instruments = measure.instruments(config, mesh, shape, open_source)
+    decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
+    shape = decoder.shape if decoder else config.data.shape
+    instruments = measure.instruments(config, mesh, shape, open_source)
+    self._view = evaluator.View(decoder, instruments)
     self._rows = evaluator.plain_rows(config, model, config.sample.steps)
     jobs = evaluator.samplers(config, model, self._rows, mesh)
     self._programs = {form: job() for form, job in jobs.items()}
@@ -344,16 +345,15 @@ class Evaluations:
     if distributed.on_leader(path.exists):
       return
     chunks = self._folder / f"{step:07d}.partial"
-    about = evaluator.about(step, self._decoder, self._instruments)
     table = evaluator.draw_rows(
       self._config,
       self._model,
       self._rows,
       self._programs,
-      (self._decoder, self._instruments),
+      self._view,
       averages[self._average],
       chunks,
-      about,
+      step,
     )
     if table is None:
       return

@@ -147,10 +147,8 @@ def draw_rows(config, folder, instruments, draw=noise, **more):
   rows = evaluator.report_rows(config, model)[:2]
   groups = schedule.together(row.plan for row in rows)
   programs = {plans[0]: lambda *a: draw(*a[:4]) for plans in groups}
-  about = evaluator.about(7, None, instruments)
-  return evaluator.draw_rows(
-    config, model, rows, programs, (None, instruments), {}, folder, about, **more
-  )
+  view = evaluator.View(None, instruments)
+  return evaluator.draw_rows(config, model, rows, programs, view, {}, folder, 7, **more)
 
 
 def values(table):
@@ -185,7 +183,7 @@ def test_what_is_there_is_not_drawn_again(tmp_path, instruments, monkeypatch):
     assert draw_rows(config, tmp_path / "cut", instruments, counting) is None
   assert drawn == [0, 8, 16, 24, 32, 0, 8]
   drawn.clear()
-  table = draw_rows(config, tmp_path / "cut", instruments, counting)
+  table = draw_rows(config, tmp_path / "cut", instruments, counting, timed=3)
   # The first row's are timed anew, as none was drawn; the second lacked three.
   assert drawn == [0, 0, 0, 16, 24, 32]
   assert values(table) == values(whole)
@@ -220,7 +218,7 @@ def protocol_of(instruments):
   def make(**leaves):
     config = make_config(**leaves)
     row = evaluator.report_rows(config, model_of(config))[0]
-    about = evaluator.about(7, None, instruments)
+    about = evaluator.about(7, evaluator.View(None, instruments))
     return evaluator.protocol_of(config, row, 40, about)
 
   return make
