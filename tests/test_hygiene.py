@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # --- which file may import what -------------------------------------------------------
 
 # These see everything.
-ENTRY_POINTS = frozenset({"train", "sample", "evaluate", "exchange"})
+ENTRY_POINTS = frozenset({"train", "sample", "evaluate", "exchange", "score"})
 
 # A room that may import only these rooms of ours.
 ONLY: dict[str, frozenset[str]] = {
@@ -45,6 +45,7 @@ NEVER: dict[str, frozenset[str]] = {
   "config": ENTRY_POINTS,
   "describe": ENTRY_POINTS,
   "doctor": ENTRY_POINTS,
+  "evaluator": ENTRY_POINTS - {"sample"},
   "monitor": ENTRY_POINTS - {"sample"},
   "pretrained": ENTRY_POINTS - {"sample"},
   "autoencoder": ENTRY_POINTS,

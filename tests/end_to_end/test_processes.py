@@ -384,6 +384,8 @@ def test_two_finish_the_report_that_one_has_begun(run_main, tmp_path, monkeypatc
     "--config.eval.draws=1",
     "--config.eval.count=40",
     "--config.eval.guidance_scale=1.0",
+    "--config.eval.metrics=is,saturation",
+    "--config.eval.features=('tests.toy:load',)",
   )
   # The validation, the first row and the second one's first chunk, but no more.
   polls = itertools.count()
@@ -393,7 +395,7 @@ def test_two_finish_the_report_that_one_has_begun(run_main, tmp_path, monkeypatc
     with pytest.raises(SystemExit):
       run_main(*settings, *evaluation)
   chunks = workdir / "report.partial/chunks"
-  begun = {path: path.stat().st_mtime_ns for path in chunks.glob("*/*.npy")}
+  begun = {path: path.stat().st_mtime_ns for path in chunks.glob("*/*.npz")}
   assert len(begun) == 4 and not (workdir / "report").exists()
   shutil.copytree(workdir, tmp_path / "alone")
 
@@ -417,6 +419,10 @@ def test_two_finish_the_report_that_one_has_begun(run_main, tmp_path, monkeypatc
   for a, b in zip(one, other, strict=True):
     assert abs(a["validation_loss"] - b["validation_loss"]) <= 1e-6
     assert len(a["ms_per_image_runs"]) >= 3
+    for name in ("is", "saturation"):
+      values = [row["metrics"][name]["value"] for row in (a, b)]
+      assert values[0] == pytest.approx(values[1], rel=1e-4), name
+    assert a["protocol"]["identity"] == b["protocol"]["identity"]
 
 
 @pytest.mark.slow

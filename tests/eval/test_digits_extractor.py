@@ -34,7 +34,8 @@ def held_out():
 def test_the_shipped_weights_are_small_known_and_packaged(shipped) -> None:
   content = digits.SHIPPED.read_bytes()
   assert len(content) <= 200_000
-  assert shipped.identity["weights"] == hashlib.sha256(content).hexdigest()
+  digest = hashlib.sha256(content).hexdigest()
+  assert shipped.identity["weights"] == f"sha256:{digest}"
   data = tomllib.loads((ROOT / "pyproject.toml").read_text())
   patterns = data["tool"]["setuptools"]["package-data"]["elit_jax.eval.extractors"]
   assert any(digits.SHIPPED.match(pattern) for pattern in patterns)
