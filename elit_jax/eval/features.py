@@ -65,7 +65,10 @@ def late(place: str, *first: str) -> Loader:
 
 # A new extractor is one more entry, or is asked for as MODULE:FUNCTION without any.
 EXTRACTORS: dict[str, Loader] = {
-  "inception": late("elit_jax.eval.extractors.inception:load"),
+  "inception": late("elit_jax.eval.extractors.inception:load", "inception"),
+  "inception-half-pixel": late(
+    "elit_jax.eval.extractors.inception:load", "inception-half-pixel"
+  ),
   "dino-s": late("elit_jax.eval.extractors.dino:load", "dino-s"),
   "dino-b": late("elit_jax.eval.extractors.dino:load", "dino-b"),
   "dino-l": late("elit_jax.eval.extractors.dino:load", "dino-l"),

@@ -1,12 +1,15 @@
 """Inception's features, for FID and KID (pool), sFID (spatial) and IS (logits)."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from elit_jax.errors import ConfigError
+from elit_jax.errors import ConfigError, lookup
 from elit_jax.eval import weights as weights_lib
 from elit_jax.eval.features import Extractor, Params
-from elit_jax.eval.resize import tf1_bilinear
+from elit_jax.eval.resize import RESIZES
 from elit_jax.models import inception
 from elit_jax.ports import inception as port
 
@@ -15,34 +18,53 @@ PUBLISHED = weights_lib.Published(
 )
 
 
-def load(weights: str) -> Extractor:
-  """The extractor with the weights of a file, or "random:SEED" to rehearse with.
+class Input(NamedTuple):
+  """How pixels come to the network: a name in `RESIZES`, and what 0 and 255 become."""
 
-  Raises ConfigError.
+  resize: str
+  black: float
+  white: float
+
+
+# As the ADM evaluator has it; and as ELIT's in-repository evaluator and pytorch-fid
+# have it, whose distances are not comparable with those.
+INPUTS = {
+  "inception": Input("tf1_bilinear", -1.0, 127 / 128),
+  "inception-half-pixel": Input("half_pixel_bilinear", -1.0, 1.0),
+}
+
+
+def load(name: str, weights: str) -> Extractor:
+  """The extractor called `name`, one of `INPUTS`, with the weights of a file, or
+  "random:SEED" to rehearse with. Raises ConfigError.
   """
+  given = lookup(INPUTS, name, "Inception")
   params, identity = weights_lib.obtain(
-    "inception", weights, PUBLISHED, port.load, inception.rehearsal
+    name, weights, PUBLISHED, port.load, inception.rehearsal
   )
   about = {
-    "name": "inception",
+    "name": name,
     "weights": identity,
-    "resize": f"tf1_bilinear {inception.SIDE}",
+    "resize": f"{given.resize} {inception.SIDE}, {given.black} to {given.white}",
     "dtype": "float32",
     "matmul_precision": "highest",
   }
-  return Extractor("inception", dict(inception.OUTPUTS), apply, params, about)
+  apply = functools.partial(describe, given)
+  return Extractor(name, dict(inception.OUTPUTS), apply, params, about)
 
 
-def apply(params: Params, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+def describe(
+  given: Input, params: Params, images_BHWC: jax.Array
+) -> dict[str, jax.Array]:
   """Features of uint8 images (B, H, W, 3), or (B, H, W, 1) which is taken as grey.
 
-  Any size is brought to 299 as TensorFlow 1 did; fp32 throughout. ConfigError for
-  another shape or type.
+  Of any size, fp32 throughout. ConfigError for another shape or type.
   """
   _check(images_BHWC)
-  x_BHWC = tf1_bilinear(images_BHWC, inception.SIDE)
+  x_BHWC = RESIZES[given.resize](images_BHWC, inception.SIDE)
   x_BHWC = jnp.broadcast_to(x_BHWC, (*x_BHWC.shape[:3], 3))
-  return inception.features(params, (x_BHWC - 128) / 128)
+  step = (given.white - given.black) / 255
+  return inception.features(params, x_BHWC * step + given.black)
 
 
 def _check(images: jax.Array) -> None:

@@ -12,12 +12,13 @@ import pytest
 from elit_jax.errors import ConfigError
 from elit_jax.eval.extractors import inception
 from elit_jax.eval.features import Extractor
+from elit_jax.models import inception as network
 from elit_jax.ports import inception as port
 
 
 @pytest.fixture(scope="module")
 def extractor() -> Extractor:
-  return inception.load("random:3")
+  return inception.load("inception", "random:3")
 
 
 def images(count: int, *shape: int) -> np.ndarray:
@@ -27,7 +28,7 @@ def images(count: int, *shape: int) -> np.ndarray:
 def test_what_a_protocol_says_of_it(extractor: Extractor) -> None:
   assert extractor.name == extractor.identity["name"] == "inception"
   assert extractor.identity["weights"] == "random:3"
-  assert extractor.identity["resize"] == "tf1_bilinear 299"
+  assert extractor.identity["resize"] == "tf1_bilinear 299, -1.0 to 0.9921875"
   assert extractor.identity["matmul_precision"] == "highest"
   assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(extractor.params))
 
@@ -81,7 +82,7 @@ def test_what_is_no_image_is_refused(
 )
 def test_weights_that_there_are_not(weights: str, words: str) -> None:
   with pytest.raises(ConfigError) as error:
-    inception.load(weights)
+    inception.load("inception", weights)
   assert words in str(error.value)
   assert "\n" not in str(error.value)
 
@@ -90,4 +91,30 @@ def test_the_hash_is_that_of_the_name(tmp_path: pathlib.Path) -> None:
   path = tmp_path / port.FILE
   path.touch()
   with pytest.raises(ConfigError, match="not what is published .* not 6726825d"):
-    inception.load(str(path))
+    inception.load("inception", str(path))
+
+
+@pytest.mark.parametrize(
+  ("name", "values"),
+  [
+    ("inception", (np.array([0, 100, 255]) - 128) / 128),
+    ("inception-half-pixel", np.array([0, 100, 255]) / 127.5 - 1),
+  ],
+)
+def test_levels_come_to_the_network_as_each_evaluator_has_it(
+  name: str, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(network, "features", lambda params, x: x)
+  given = inception.INPUTS[name]
+  levels = np.array([0, 100, 255], np.uint8)[:, None, None, None]
+  seen = inception.describe(given, {}, np.broadcast_to(levels, (3, 8, 8, 3)))
+  assert seen.shape == (3, 299, 299, 3)
+  np.testing.assert_allclose(seen[:, 7, 7, 0], values, atol=1e-6)
+
+
+def test_the_variant_has_another_identity() -> None:
+  a, b = (inception.load(name, "random:3") for name in inception.INPUTS)
+  assert a.identity != b.identity
+  ramp = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1).repeat(3, -1) * 3
+  pools = [x.apply(jax.device_put(x.params), ramp)["pool"] for x in (a, b)]
+  assert np.abs(pools[0] - pools[1]).max() > 1e-3
