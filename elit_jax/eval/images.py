@@ -91,10 +91,8 @@ def _from_npz(path: pathlib.Path) -> Images:
       file.seek(start * one, os.SEEK_CUR)
       for i in range(start, shape[0], size):
         count = min(size, shape[0] - i)
-        data = file.read(count * one)
-        if len(data) != count * one:
-          raise EOFError
-        yield np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+        data = np.frombuffer(file.read(count * one), np.uint8)
+        yield data.reshape(count, *shape[1:])  # ValueError where the file is cut
 
   return Images(str(path), shape, labels, read)
 

@@ -154,6 +154,10 @@ def test_the_epsilon_matters_where_probabilities_are_small():
   np.testing.assert_allclose(inception_scores(logits, 2), exact, rtol=1e-14)
   mine = (p * np.log(p + 1e-10)).sum(1).mean() - (q * np.log(q + 1e-10)).sum()
   np.testing.assert_allclose(eps, np.exp(mine), rtol=1e-14)
+  for name, expected in (("is", exact), ("is-eps", eps[0])):
+    got = value_of(name, of(logits, "logits"), bootstrap=0).value
+    assert got == pytest.approx(expected, rel=1e-14)
+  assert eps[0] != pytest.approx(exact, rel=1e-12)
 
 
 def test_precision_parity(parity_dir):
