@@ -228,6 +228,15 @@ def guided_groups(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
   return groups
 
 
+def scale_curves(rows: Sequence[Row]) -> dict[tuple, list[Row]]:
+  """The same, each begun by the row of its budget and steps that is not guided."""
+  plain = cells(rows)
+  return {
+    key: [*([plain[key[1:3]]] if key[1:3] in plain else []), *group]
+    for key, group in guided_groups(rows).items()
+  }
+
+
 # --- figures --------------------------------------------------------------------------
 
 
@@ -272,12 +281,10 @@ def guidance_png(path: str | os.PathLike, rows: Sequence[Row]) -> None:
     raise ConfigError("a figure of guidance needs guided rows, got none")
   names = metric_names(row for group in groups.values() for row in group)
   figure, panels = _panels(len(names) + 1, "Guidance: quality against its scale")
-  plain = cells(rows)
   for axes, metric in zip(panels[:-1], names, strict=True):
     found: list[list[Point]] = []
-    for style, line, key, group in _styled(groups):
-      start = [plain[key[1:3]]] if key[1:3] in plain else []
-      drawn = points([*start, *group], metric, lambda row: row["guidance_scale"])
+    for style, line, curve in _styled(scale_curves(rows)):
+      drawn = points(curve, metric, lambda row: row["guidance_scale"])
       _curve(axes, drawn, style, line)
       found.append(drawn)
     _finish(axes, metric, found)
@@ -289,7 +296,7 @@ def guidance_png(path: str | os.PathLike, rows: Sequence[Row]) -> None:
 
 def _styled(
   groups: Mapping[tuple, list[Row]],
-) -> Iterator[tuple[Style, str, tuple, list[Row]]]:
+) -> Iterator[tuple[Style, str, list[Row]]]:
   """Groups with their style and line; more than one of a kind say how they differ."""
   seen: Counter[str] = Counter()
   kinds = Counter(kind for kind, *_ in groups)
@@ -300,7 +307,7 @@ def _styled(
     if kinds[kind] > 1:
       by = f" by {weak}" if weak is not None else ""
       style = style._replace(name=f"{style.name}, {budget}{by}, {steps} steps")
-    yield style, line, key, group
+    yield style, line, group
 
 
 def _cost_of_guidance(

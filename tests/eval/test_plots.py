@@ -78,6 +78,15 @@ def test_guidance_of_another_weak_budget_is_another_curve():
   assert [len(group) for group in groups.values()] == [3, 3, 3, 1, 1]
 
 
+def test_curves_along_the_scale_begin_without_guidance():
+  fewer = make_row("cfg", steps=10, scale=2.0)
+  rows = [*TOKENS, *GUIDED, fewer]
+  curves = list(plots.scale_curves(rows).values())
+  assert [len(curve) for curve in curves] == [4, 4, 4, 1]
+  assert all(curve[0] is TOKENS[2] for curve in curves[:3])
+  assert plots.scale_curves([*rows, *STEPS])["cfg", "k8", 10, None] == [STEPS[1], fewer]
+
+
 def test_points_are_in_order_and_leave_out_what_is_missing():
   none = {"fid": {"value": None}}
   rows = [
