@@ -1,7 +1,7 @@
 """Every test runs on eight fake CPU devices, with strict types and ranks.
 
-No compilation cache is shared: jax writes its entries without a lock, so that two test
-processes could read each other's halves.
+What one test has compiled, the next one finds; but no two test processes share these
+programs: jax writes them without a lock, so that one could read the other's halves.
 """
 
 import importlib.metadata
@@ -28,6 +28,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+  """A folder of compiled programs: of this process alone, and not of those it starts.
+
+  A new closure is a new function to jax, so that a second run of the same config would
+  compile all over again.
+  """
+  folder = tmp_path_factory.mktemp("programs")
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")
