@@ -4,9 +4,11 @@ What one test has compiled, the next one finds; but no two test processes share 
 programs: jax writes them without a lock, so that one could read the other's halves.
 """
 
+import fcntl
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 
@@ -23,6 +25,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 from absl.testing import flagsaver
+from digits_run import DIGITS_RUN
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -80,6 +83,40 @@ def run_main() -> Callable[..., None]:
       main.main(main.checked_flags(sys.argv))
 
   return run
+
+
+@pytest.fixture(scope="session")
+def made_once(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, Callable[[pathlib.Path], object]], pathlib.Path]:
+  """made_once(name, make): a folder that `make` fills, once for all test processes."""
+  base = tmp_path_factory.getbasetemp()
+  base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+  def get(name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    folder, partial = base / f"once.{name}", base / f"once.{name}.partial"
+    with (base / f"once.{name}.lock").open("w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not folder.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        make(partial)
+        partial.rename(folder)
+    return folder
+
+  return get
+
+
+@pytest.fixture(scope="session")
+def digits_run(
+  run_main: Callable[..., None], made_once: Callable[..., pathlib.Path]
+) -> pathlib.Path:
+  """The workdir of a run of one step, as DIGITS_RUN says; not to be written to."""
+
+  def make(folder: pathlib.Path) -> None:
+    run_main(*DIGITS_RUN, f"--workdir={folder / 'run'}", "--mode=train")
+
+  return made_once("digits", make) / "run"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
