@@ -1,12 +1,14 @@
 """Every test runs on eight fake CPU devices, with strict types and ranks.
 
-No compilation cache is shared: jax writes its entries without a lock, so that two test
-processes could read each other's halves.
+What one test has compiled, the next one finds; but no two test processes share these
+programs: jax writes them without a lock, so that one could read the other's halves.
 """
 
+import fcntl
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Callable
 
@@ -23,11 +25,25 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 from absl.testing import flagsaver
+from digits_run import DIGITS_RUN
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+  """A folder of compiled programs: of this process alone, and not of those it starts.
+
+  A new closure is a new function to jax, so that a second run of the same config would
+  compile all over again.
+  """
+  folder = tmp_path_factory.mktemp("programs")
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +83,40 @@ def run_main() -> Callable[..., None]:
       main.main(main.checked_flags(sys.argv))
 
   return run
+
+
+@pytest.fixture(scope="session")
+def made_once(
+  tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str, Callable[[pathlib.Path], object]], pathlib.Path]:
+  """made_once(name, make): a folder that `make` fills, once for all test processes."""
+  base = tmp_path_factory.getbasetemp()
+  base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+  def get(name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    folder, partial = base / f"once.{name}", base / f"once.{name}.partial"
+    with (base / f"once.{name}.lock").open("w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not folder.is_dir():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        make(partial)
+        partial.rename(folder)
+    return folder
+
+  return get
+
+
+@pytest.fixture(scope="session")
+def digits_run(
+  run_main: Callable[..., None], made_once: Callable[..., pathlib.Path]
+) -> pathlib.Path:
+  """The workdir of a run of one step, as DIGITS_RUN says; not to be written to."""
+
+  def make(folder: pathlib.Path) -> None:
+    run_main(*DIGITS_RUN, f"--workdir={folder / 'run'}", "--mode=train")
+
+  return made_once("digits", make) / "run"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -74,6 +74,19 @@ def test_with_peers_every_job_is_one_poll(monkeypatch):
   assert len(polls) == 4
 
 
+def test_with_peers_a_signal_is_heard_when_a_job_ends(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  tools, release = preemption.multihost_utils, threading.Event()
+  monkeypatch.setattr(tools, "reached_preemption_sync_point", lambda step: True)
+  try:
+    jobs = {"long": lambda: release.wait(60), "short": lambda: None}
+    monkeypatch.setattr(preemption.os, "cpu_count", lambda: 2)
+    assert preemption.side_by_side(jobs, print) is None
+    assert preemption._busy.is_set()
+  finally:
+    release.set()
+
+
 def test_a_process_ends_though_a_job_still_runs():
   """Its code is the one that the launcher chose, and no thread is waited for."""
   program = (

@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import safetensors.numpy
+from digits_run import DIGITS_RUN
 
 import elit_jax
 from elit_jax import sample
@@ -16,26 +17,13 @@ from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.sampling.plan import Guidance
 
-FLAGS = (
-  "--config=configs/digits.py",
-  "--config.train.steps=1",
-  "--config.train.batch_size=16",
-  "--config.train.preview_every=0",
-  "--config.budgets=k1,k4",
-  "--config.budget_weights=()",
-  "--config.sample.steps=2",
-  "--config.sample.count=3",
-  "--config.sample.batch_size=8",
-)
-
 
 @pytest.fixture(scope="module")
-def workdir(run_main, tmp_path_factory):
+def workdir(run_main, digits_run, tmp_path_factory):
   """A run of one step, and its samples of the classes 3, 8, 1."""
-  folder = tmp_path_factory.mktemp("pretrained") / "run"
-  run_main(*FLAGS, f"--workdir={folder}", "--mode=train")
+  folder = shutil.copytree(digits_run, tmp_path_factory.mktemp("pretrained") / "run")
   run_main(
-    *(*FLAGS, f"--workdir={folder}", "--mode=sample"),
+    *(*DIGITS_RUN, f"--workdir={folder}", "--mode=sample"),
     *("--config.sample.classes=3,8,1", "--config.sample.budgets=k1,k4"),
   )
   return folder

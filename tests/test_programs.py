@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def no_cache():
-  """What these tests set is taken back: the others share no programs."""
+  """What these tests set is taken back: the others keep their programs elsewhere."""
   before = jax.config.jax_compilation_cache_dir
   jax.config.update("jax_compilation_cache_dir", None)
   yield

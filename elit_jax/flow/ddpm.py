@@ -1,50 +1,33 @@
 """Losses of networks that predict noise, with a learned variance or without."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elit_jax.flow.matching import Network
-from elit_jax.flow.process import Posterior, Process, corrupt, posterior
+from elit_jax.flow.matching import Noised, sample_means
+from elit_jax.flow.process import Posterior, Process, posterior
 
 BIN = 1 / 255  # half the distance between two of the 256 values of a pixel in [-1, 1]
 
 
-def noise_loss(
-  network: Network,
-  path: Process,
-  x_0: jax.Array,
-  noise: jax.Array,
-  t_B: jax.Array,
-  label_B: jax.Array,
-) -> tuple[jax.Array, Any]:
-  """Squared error of the noise (DDPM, eq. 14), a sample's mean (B,), and the taps."""
-  x_t, _ = corrupt(path, x_0, noise, t_B)
-  out, taps = network(x_t, t_B, label_B)
-  return _mean(jnp.square(out.astype(jnp.float32) - noise)), taps
+def noise_loss(out: jax.Array, noised: Noised) -> jax.Array:
+  """Squared error of the noise (DDPM, eq. 14), averaged over each sample (B,)."""
+  return sample_means(jnp.square(out - noised.noise))
 
 
-def noise_and_variance_loss(
-  network: Network,
-  path: Process,
-  x_0: jax.Array,
-  noise: jax.Array,
-  t_B: jax.Array,
-  label_B: jax.Array,
-) -> tuple[jax.Array, Any]:
+def noise_and_variance_loss(out: jax.Array, noised: Noised) -> jax.Array:
   """The same plus a term of the variational bound, which teaches the variance alone.
 
   Improved DDPM, eq. 16 with lambda = 1, as DiT is trained. The path has counted times.
   """
-  x_t, _ = corrupt(path, x_0, noise, t_B)
-  out, taps = network(x_t, t_B, label_B)
-  found, fraction = jnp.split(out.astype(jnp.float32), 2, axis=-1)
-  error = found - noise
-  bound_B = variational_bound(path, x_0, jax.lax.stop_gradient(error), fraction, t_B)
-  return _mean(jnp.square(error)) + bound_B, taps
+  found, fraction = jnp.split(out, 2, axis=-1)
+  error = found - noised.noise
+  bound_B = variational_bound(
+    noised.path, noised.x_0, jax.lax.stop_gradient(error), fraction, noised.t_B
+  )
+  return sample_means(jnp.square(error)) + bound_B
 
 
 def variational_bound(
@@ -75,7 +58,7 @@ def variational_bound(
   )
   likelihood = discretised_gaussian(x_0, offset, log_var / 2)
   first = (index_B == 0).reshape(-1, *(1,) * (x_0.ndim - 1))
-  return _mean(jnp.where(first, -likelihood, divergence)) / math.log(2)
+  return sample_means(jnp.where(first, -likelihood, divergence)) / math.log(2)
 
 
 def posterior_table(path: Process) -> tuple[Posterior, np.ndarray]:
@@ -105,7 +88,3 @@ def discretised_gaussian(
 def _normal_cdf(x: jax.Array) -> jax.Array:
   """By tanh, as the authors train (Page, 1977)."""
   return 0.5 * (1 + jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _mean(x: jax.Array) -> jax.Array:
-  return x.mean(range(1, x.ndim))

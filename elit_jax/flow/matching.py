@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +23,24 @@ class Network(Protocol):
   ) -> tuple[jax.Array, tuple[jax.Array, ...]]: ...
 
 
+class Noised(NamedTuple):
+  """What a network has seen, or could have seen: all like x_0, but times t_B (B,)."""
+
+  path: Process
+  x_0: jax.Array
+  noise: jax.Array
+  velocity: jax.Array
+  t_B: jax.Array
+
+
 class SampleLoss(Protocol):
-  """Loss of each sample (B,) of a batch at given times and noise, and the taps."""
+  """Loss of each sample (B,), from what the network says of it, in fp32."""
 
-  def __call__(
-    self,
-    network: Network,
-    path: Process,
-    x_0: jax.Array,
-    noise: jax.Array,
-    t_B: jax.Array,
-    label_B: jax.Array,
-    /,
-  ) -> tuple[jax.Array, Any]: ...
+  def __call__(self, out: jax.Array, noised: Noised, /) -> jax.Array: ...
 
 
-def velocity_loss(
+def sample_losses(
+  loss: SampleLoss,
   network: Network,
   path: Process,
   x_0: jax.Array,
@@ -46,11 +48,20 @@ def velocity_loss(
   t_B: jax.Array,
   label_B: jax.Array,
 ) -> tuple[jax.Array, Any]:
-  """Squared error of the velocity, averaged over each sample (B,), and the taps."""
-  x_t, target = corrupt(path, x_0, noise, t_B)
-  velocity, taps = network(x_t, t_B, label_B)
-  error = jnp.square(velocity.astype(jnp.float32) - target)
-  return error.mean(range(1, error.ndim)), taps
+  """Loss of each sample (B,) of a batch at given times and noise, and the taps."""
+  x_t, velocity = corrupt(path, x_0, noise, t_B)
+  out, taps = network(x_t, t_B, label_B)
+  return loss(out.astype(jnp.float32), Noised(path, x_0, noise, velocity, t_B)), taps
+
+
+def velocity_loss(out: jax.Array, noised: Noised) -> jax.Array:
+  """Squared error of the velocity, averaged over each sample (B,)."""
+  return sample_means(jnp.square(out - noised.velocity))
+
+
+def sample_means(x: jax.Array) -> jax.Array:
+  """Over all axes but the first."""
+  return x.mean(range(1, x.ndim))
 
 
 @dataclass(frozen=True)
@@ -89,8 +100,8 @@ class FlowMatching:
     `repa_0`, `repa_1`, ... (B, N, E), one for each projection of the network.
     """
     time_B, noise, label_B = self.draw(key, batch)
-    per_sample_B, taps = self.loss(
-      network, self.path, batch["image"], noise, time_B, label_B
+    per_sample_B, taps = sample_losses(
+      self.loss, network, self.path, batch["image"], noise, time_B, label_B
     )
     loss = per_sample_B.mean()
     metrics = {"loss": loss}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from benchmarks import collectives, scaling
+from benchmarks import collectives, scaling, traffic
 from elit_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -184,9 +184,9 @@ def test_a_text_that_is_no_program_is_refused():
 
 
 @functools.cache
-def counted(split: str, mesh: scaling.Mesh, budget: str) -> SimpleNamespace:
-  config = scaling.small_config(split, mesh, budget)
-  found, terms = scaling.count_and_formula(config)
+def counted(split: str, mesh: traffic.Mesh, budget: str) -> SimpleNamespace:
+  config = traffic.small_config(split, mesh, budget)
+  found, terms = traffic.count_and_formula(config)
   return SimpleNamespace(
     model=config_lib.build_model(config),
     found=found,
@@ -199,10 +199,10 @@ def counted(split: str, mesh: scaling.Mesh, budget: str) -> SimpleNamespace:
 # An ELIT compiles three times as long as a DiT, and only tensor sees the budget.
 QUICK = [
   case
-  for case in scaling.CASES
+  for case in traffic.CASES
   if case[0] == "plain" or case[1] == (2, 2, 2) or case[1:] == ((1, 8, 1), "k4")
 ]
-OTHERS = [case for case in scaling.CASES if case not in QUICK]
+OTHERS = [case for case in traffic.CASES if case not in QUICK]
 CASES = [*QUICK, *(pytest.param(*c, marks=pytest.mark.slow) for c in OTHERS)]
 
 
@@ -245,10 +245,10 @@ def test_the_budget_changes_what_tensor_moves_and_nothing_else():
 
 
 def test_parameters_and_flops_are_those_of_the_models():
-  xl = scaling.elit_xl("k64")
+  xl = traffic.elit_xl("k64")
   # All but the latent positions that 1,024 tokens do not use.
   assert xl.parameters == 706_172_560 - 1024 * 1152 - (4096 - 1024) * 1152
-  plain, quarter = scaling.mmdit(), scaling.mmdit(0.25)
+  plain, quarter = traffic.mmdit(), traffic.mmdit(0.25)
   assert plain.parameters == 20_430_401_088
   assert 12 * plain.flops / 4 == pytest.approx(12 * _qwen_forward(4096, 64), rel=1e-3)
   assert quarter.flops < 0.5 * plain.flops
@@ -262,38 +262,38 @@ def _qwen_forward(image: int, text: int) -> int:
 
 
 def test_one_device_moves_nothing():
-  net = scaling.mmdit()
-  assert not any(scaling.predicted(net, (1, 1, 1), 8))
-  assert not any(scaling.emitted(net, (1, 1, 1), 8).values())
+  net = traffic.mmdit()
+  assert not any(traffic.predicted(net, (1, 1, 1), 8))
+  assert not any(traffic.emitted(net, (1, 1, 1), 8).values())
 
 
 def test_reduce_scatter_saves_half_of_an_all_reduce():
-  weight = scaling.Weight(1000, fsdp=True, tensor=False, gathers=2)
-  net = scaling.Net("one", 1, 1, (weight,), 0, 0, 0, 1, 0, 0)
+  weight = traffic.Weight(1000, fsdp=True, tensor=False, gathers=2)
+  net = traffic.Net("one", 1, 1, (weight,), 0, 0, 0, 1, 0, 0)
   # Two gathers and one reduce-scatter of bf16, 7/8 of 2,000 bytes each.
-  assert scaling.predicted(net, (1, 8, 1), 8) == (0, 3 * 7 / 8 * 2000, 0)
-  found = scaling.emitted(net, (1, 8, 1), 8)
+  assert traffic.predicted(net, (1, 8, 1), 8) == (0, 3 * 7 / 8 * 2000, 0)
+  found = traffic.emitted(net, (1, 8, 1), 8)
   assert (found["gathers"], found["gradients"]) == (7000, 7000)
 
 
 def test_a_ring_is_as_fast_as_the_links_it_has():
-  assert scaling.H100.rate((64, 8, 1), 1) == 450e9  # inside a node
-  assert scaling.H100.rate((64, 8, 1), 0) == 50e9  # one adapter each
-  assert scaling.H100.rate((512, 1, 1), 0) == 400e9  # eight of them a node
-  assert scaling.H100.rate((1, 64, 2), 1) == 200e9
-  assert scaling.V5P.rate((1, 64, 1), 1) == 600e9
-  assert scaling.V5P.rate((1, 8, 1), 1) == 300e9  # no links around
-  assert scaling.V5P.rate((1, 64, 8), 1) == 400e9
-  assert scaling.V5P.rate((1, 64, 8), 2) == 200e9
+  assert traffic.H100.rate((64, 8, 1), 1) == 450e9  # inside a node
+  assert traffic.H100.rate((64, 8, 1), 0) == 50e9  # one adapter each
+  assert traffic.H100.rate((512, 1, 1), 0) == 400e9  # eight of them a node
+  assert traffic.H100.rate((1, 64, 2), 1) == 200e9
+  assert traffic.V5P.rate((1, 64, 1), 1) == 600e9
+  assert traffic.V5P.rate((1, 8, 1), 1) == 300e9  # no links around
+  assert traffic.V5P.rate((1, 64, 8), 1) == 400e9
+  assert traffic.V5P.rate((1, 64, 8), 2) == 200e9
 
 
 def test_a_mesh_pays_from_the_samples_that_it_says():
-  net, mesh = scaling.elit_xl("k16"), (4, 128, 1)
-  samples = scaling.samples_to_pay(net, mesh, scaling.H100)
+  net, mesh = traffic.elit_xl("k16"), (4, 128, 1)
+  samples = scaling.samples_to_pay(net, mesh, traffic.H100)
   assert samples is not None
-  found = scaling.step(net, mesh, 512 * samples, scaling.H100)
+  found = traffic.step(net, mesh, 512 * samples, traffic.H100)
   assert found.compute == pytest.approx(found.talk)
-  assert scaling.samples_to_pay(net, (8, 8, 8), scaling.H100) is None
+  assert scaling.samples_to_pay(net, (8, 8, 8), traffic.H100) is None
 
 
 def test_the_page_says_what_the_formulas_say():

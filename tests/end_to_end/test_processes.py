@@ -4,7 +4,6 @@ What is rehearsed is launch/local_multiprocess.sh: real processes, real signals.
 """
 
 import contextlib
-import fcntl
 import itertools
 import os
 import pathlib
@@ -132,24 +131,8 @@ def launched(
   return Processes(command, workdir.parent, environment)
 
 
-def made_once(tmp_path_factory, name: str, make) -> pathlib.Path:
-  """A folder that `make` fills, once for all test processes."""
-  base = tmp_path_factory.getbasetemp()
-  base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-  folder = base / f"processes.{name}"
-  with (base / f"processes.{name}.lock").open("w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    if not folder.is_dir():
-      partial = base / f"processes.{name}.partial"
-      shutil.rmtree(partial, ignore_errors=True)
-      partial.mkdir()
-      make(partial)
-      partial.rename(folder)
-  return folder
-
-
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
+def whole(made_once):
   """The workdir of a run on 2 x 4 that nobody disturbs, with pictures on its way."""
 
   def make(folder):
@@ -158,17 +141,17 @@ def whole(tmp_path_factory):
       assert run.end() == 0, run.said
       assert run.codes == [0, 0]
 
-  return made_once(tmp_path_factory, "whole", make) / "run"
+  return made_once("whole", make) / "run"
 
 
 @pytest.fixture(scope="session")
-def single(tmp_path_factory, whole):
+def single(made_once, whole):
   """What one process of eight devices made its steps from, going on with `whole`."""
 
   def make(folder):
     resume_as_witness(1, 8, whole, folder)
 
-  return witnessed(made_once(tmp_path_factory, "single", make))
+  return witnessed(made_once("single", make))
 
 
 def copy_as_of(step: int, whole: pathlib.Path, workdir: pathlib.Path) -> None:

@@ -13,11 +13,11 @@ def get_config() -> ConfigDict:
     {"window": (2, 2), "head": 0, "tail": 0, "write_depth": 1, "sees": "all"}
   )
   config.budgets = ("k1", "k4")
-  config.train.steps = 140  # more than an epoch
-  config.train.batch_size = 8
+  config.train.steps = 100
+  config.train.batch_size = 12  # of 1024 images: more than an epoch
   config.train.log_every = 7  # does not divide what lies between checkpoints
   config.optim.lr = 1e-3
   config.optim.ema = ("0.99",)
   config.checkpoint.every = 5
-  config.checkpoint.keep_every = 50
+  config.checkpoint.keep_every = 40
   return config

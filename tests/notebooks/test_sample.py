@@ -3,30 +3,14 @@
 import pathlib
 
 import nbformat
-import pytest
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "sample.ipynb"
 
 
-@pytest.fixture(scope="module")
-def workdir(run_main, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("notebook") / "run"
-  run_main(
-    "--config=configs/digits.py",
-    f"--workdir={folder}",
-    "--config.train.steps=1",
-    "--config.train.preview_every=0",
-    "--config.budgets=k1,k8",
-    "--config.budget_weights=()",
-    "--config.sample.steps=2",
-  )
-  return folder
-
-
-def test_it_runs_from_end_to_end(workdir, monkeypatch):
-  monkeypatch.setenv("ELIT_RUN", str(workdir))
+def test_it_runs_from_end_to_end(digits_run, monkeypatch):
+  monkeypatch.setenv("ELIT_RUN", str(digits_run))
   notebook = nbformat.read(NOTEBOOK, 4)
   # What the sliders call goes to a widget, which swallows errors: call it once more.
   notebook.cells.append(nbformat.v4.new_code_cell("show('k1', 2.0, seed=1)"))
