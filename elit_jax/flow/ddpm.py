@@ -6,17 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elit_jax.flow.matching import Noised, sample_means
+from elit_jax.flow.matching import Noised, sample_loss, sample_means
 from elit_jax.flow.process import Posterior, Process, posterior
 
 BIN = 1 / 255  # half the distance between two of the 256 values of a pixel in [-1, 1]
 
 
+@sample_loss
 def noise_loss(out: jax.Array, noised: Noised) -> jax.Array:
   """Squared error of the noise (DDPM, eq. 14), averaged over each sample (B,)."""
   return sample_means(jnp.square(out - noised.noise))
 
 
+@sample_loss
 def noise_and_variance_loss(out: jax.Array, noised: Noised) -> jax.Array:
   """The same plus a term of the variational bound, which teaches the variance alone.
 

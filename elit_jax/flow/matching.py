@@ -23,8 +23,23 @@ class Network(Protocol):
   ) -> tuple[jax.Array, tuple[jax.Array, ...]]: ...
 
 
+class SampleLoss(Protocol):
+  """Loss of each sample (B,) of a batch at given times and noise, and the taps."""
+
+  def __call__(
+    self,
+    network: Network,
+    path: Process,
+    x_0: jax.Array,
+    noise: jax.Array,
+    t_B: jax.Array,
+    label_B: jax.Array,
+    /,
+  ) -> tuple[jax.Array, Any]: ...
+
+
 class Noised(NamedTuple):
-  """What a network has seen, or could have seen: all like x_0, but times t_B (B,)."""
+  """What a network was shown a mixture of: all like x_0, but times t_B (B,)."""
 
   path: Process
   x_0: jax.Array
@@ -33,27 +48,28 @@ class Noised(NamedTuple):
   t_B: jax.Array
 
 
-class SampleLoss(Protocol):
-  """Loss of each sample (B,), from what the network says of it, in fp32."""
+def sample_loss(error: Callable[[jax.Array, Noised], jax.Array]) -> SampleLoss:
+  """The loss whose value (B,) `error` tells from what the network says, in fp32."""
 
-  def __call__(self, out: jax.Array, noised: Noised, /) -> jax.Array: ...
+  @functools.wraps(error)
+  def loss(
+    network: Network,
+    path: Process,
+    x_0: jax.Array,
+    noise: jax.Array,
+    t_B: jax.Array,
+    label_B: jax.Array,
+    /,
+  ) -> tuple[jax.Array, Any]:
+    x_t, velocity = corrupt(path, x_0, noise, t_B)
+    out, taps = network(x_t, t_B, label_B)
+    noised = Noised(path, x_0, noise, velocity, t_B)
+    return error(out.astype(jnp.float32), noised), taps
+
+  return loss
 
 
-def sample_losses(
-  loss: SampleLoss,
-  network: Network,
-  path: Process,
-  x_0: jax.Array,
-  noise: jax.Array,
-  t_B: jax.Array,
-  label_B: jax.Array,
-) -> tuple[jax.Array, Any]:
-  """Loss of each sample (B,) of a batch at given times and noise, and the taps."""
-  x_t, velocity = corrupt(path, x_0, noise, t_B)
-  out, taps = network(x_t, t_B, label_B)
-  return loss(out.astype(jnp.float32), Noised(path, x_0, noise, velocity, t_B)), taps
-
-
+@sample_loss
 def velocity_loss(out: jax.Array, noised: Noised) -> jax.Array:
   """Squared error of the velocity, averaged over each sample (B,)."""
   return sample_means(jnp.square(out - noised.velocity))
@@ -100,8 +116,8 @@ class FlowMatching:
     `repa_0`, `repa_1`, ... (B, N, E), one for each projection of the network.
     """
     time_B, noise, label_B = self.draw(key, batch)
-    per_sample_B, taps = sample_losses(
-      self.loss, network, self.path, batch["image"], noise, time_B, label_B
+    per_sample_B, taps = self.loss(
+      network, self.path, batch["image"], noise, time_B, label_B
     )
     loss = per_sample_B.mean()
     metrics = {"loss": loss}

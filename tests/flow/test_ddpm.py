@@ -9,7 +9,7 @@ import pytest
 
 from elit_jax.errors import ConfigError
 from elit_jax.flow import ddpm
-from elit_jax.flow.matching import sample_losses, velocity_loss
+from elit_jax.flow.matching import velocity_loss
 from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
 
@@ -73,13 +73,9 @@ def reference_bound(x_0, noise, found, fraction, index) -> float:
 
 def test_noise_loss_is_the_squared_error_of_the_noise():
   x_0, noise, error, _ = drawn()
-  loss, taps = sample_losses(
-    ddpm.noise_loss, networked(noise), PATH, x_0, noise, T, LABEL
-  )
+  loss, taps = ddpm.noise_loss(networked(noise), PATH, x_0, noise, T, LABEL)
   assert taps == () and not loss.any()
-  loss, _ = sample_losses(
-    ddpm.noise_loss, networked(noise + error), PATH, x_0, noise, T, LABEL
-  )
+  loss, _ = ddpm.noise_loss(networked(noise + error), PATH, x_0, noise, T, LABEL)
   np.testing.assert_allclose(loss, np.square(error).mean((1, 2, 3)), rtol=1e-5)
 
 
@@ -94,14 +90,14 @@ def test_the_network_is_fed_the_noisy_sample():
       np.testing.assert_array_equal(t, T)
       return jnp.concatenate([x] * outputs, -1), ()
 
-    sample_losses(loss, network, PATH, x_0, noise, T, LABEL)
+    loss(network, PATH, x_0, noise, T, LABEL)
 
 
 def test_bound_and_error_are_those_of_the_formulas():
   x_0, noise, error, fraction = drawn()
   found = noise + error
-  loss, _ = sample_losses(
-    ddpm.noise_and_variance_loss, networked(found, fraction), PATH, x_0, noise, T, LABEL
+  loss, _ = ddpm.noise_and_variance_loss(
+    networked(found, fraction), PATH, x_0, noise, T, LABEL
   )
   exact = [a.astype(np.float64) for a in (x_0, noise, found, fraction)]
   for i, index in enumerate(INDEX):
@@ -113,8 +109,8 @@ def test_bound_and_error_are_those_of_the_formulas():
 def test_a_perfect_network_of_the_posterior_variance_has_no_divergence():
   x_0, noise, _, fraction = drawn()
   least = np.full_like(fraction, -1.0)
-  loss, _ = sample_losses(
-    ddpm.noise_and_variance_loss, networked(noise, least), PATH, x_0, noise, T, LABEL
+  loss, _ = ddpm.noise_and_variance_loss(
+    networked(noise, least), PATH, x_0, noise, T, LABEL
   )
   assert np.abs(loss[INDEX > 0]).max() < 1e-5
   assert (loss[INDEX == 0] > 0.1).all()  # there it is a likelihood
@@ -125,14 +121,8 @@ def test_the_bound_teaches_the_variance_alone():
   one = [jnp.asarray(a) for a in (noise + error, fraction)]
 
   def total(found, fraction):
-    loss, _ = sample_losses(
-      ddpm.noise_and_variance_loss,
-      networked(found, fraction),
-      PATH,
-      x_0,
-      noise,
-      T,
-      LABEL,
+    loss, _ = ddpm.noise_and_variance_loss(
+      networked(found, fraction), PATH, x_0, noise, T, LABEL
     )
     return loss.sum()
 

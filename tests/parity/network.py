@@ -122,7 +122,7 @@ class Run:
       return tuple(self.apply(budget, x, t_B, label_B))
 
     args = (objective.path, batch["image"], *(objective.drawn[i] for i in (1, 0, 2)))
-    per_sample_B, taps = matching.sample_losses(objective.loss, network, *args)
+    per_sample_B, taps = matching.velocity_loss(network, *args)
     velocity = network(*inputs)[0]
 
     def of_outputs(outputs: tuple) -> tuple:
