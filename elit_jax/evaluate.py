@@ -39,7 +39,6 @@ from elit_jax.errors import ConfigError
 from elit_jax.eval import digits, plots, protocol, report
 from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
 from elit_jax.evaluator import Drawn, Row, View
-from elit_jax.flow.matching import sample_losses
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 
@@ -301,8 +300,7 @@ def compile_loss(
       key = jax.random.fold_in(jax.random.key(config.eval.seed), draw)
       drawn = unpack(config.data.vae, key, batch)
       t_B, noise, label_B = flow.draw(key, drawn)
-      of_one = (flow.path, drawn["image"], noise, t_B, label_B)
-      return sample_losses(flow.loss, network, *of_one)[0]
+      return flow.loss(network, flow.path, drawn["image"], noise, t_B, label_B)[0]
 
     return jax.lax.map(one, draws_R).T
 
