@@ -110,12 +110,16 @@ def test_it_is_compiled_once_and_in_full_precision() -> None:
 
 
 def test_names_lead_to_files_that_are_imported_when_asked_for(monkeypatch) -> None:
-  names = ("inception", "dino-s", "dino-b", "dino-l", "digits")
+  names = (
+    *("inception", "inception-half-pixel"),
+    "dino-s",
+    "dino-b",
+    "dino-l",
+    "digits",
+  )
   assert tuple(features.EXTRACTORS) == names
-  fakes = {"inception": lambda weights: toy(f"inception {weights}")}
-  fakes["dino"] = lambda name, weights: toy(f"{name} {weights}")
-  for module, loader in fakes.items():
-    fake = types.SimpleNamespace(load=loader)
+  for module in ("inception", "dino"):
+    fake = types.SimpleNamespace(load=lambda name, weights: toy(f"{name} {weights}"))
     monkeypatch.setitem(sys.modules, f"elit_jax.eval.extractors.{module}", fake)
   for name in names[:-1]:
     assert features.load(name, "w").name == f"{name} w"
