@@ -40,7 +40,7 @@ class Statistics:
   each output's identity, a dict that the extractor gives.
   """
 
-  title: str = "the samples"
+  title: str = "the sample set"
   moments: Mapping[str, Gaussian] = dataclasses.field(default_factory=dict)
   features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   labels: np.ndarray | None = None
