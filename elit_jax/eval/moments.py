@@ -112,10 +112,17 @@ class Gaussian:
   def root_EK(self) -> np.ndarray:
     """`root root^T` is the covariance; K is its rank, to rounding.
 
-    The costly half of a Frechet distance, done once however many are compared with it.
+    Cholesky's where it exists, at a thirtieth of the cost; else by an eigh, which is
+    done once however many are compared with this one.
     """
+    least = np.trace(self.sigma_EE) * np.finfo(np.float64).eps
+    try:
+      lower_EE = np.linalg.cholesky(self.sigma_EE)
+      if lower_EE.diagonal().min() ** 2 > least:
+        return lower_EE
+    except np.linalg.LinAlgError:
+      pass
     ((values, vectors),) = threads.each(np.linalg.eigh, [self.sigma_EE])
-    least = values.max(initial=0) * len(values) * np.finfo(np.float64).eps
     return vectors[:, values > least] * np.sqrt(values[values > least])
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from elit_jax.errors import ConfigError
-from elit_jax.eval import images as images_lib
-from elit_jax.eval.images import Images
+from elit_jax.eval import image_sets
+from elit_jax.eval.image_sets import Images
 from elit_jax.eval.moments import Gaussian, Moments, require_finite
 
 # How the ADM suite marks the outputs that it knows; any other one is `_` and its name.
@@ -40,7 +40,7 @@ class Statistics:
   each output's identity, a dict that the extractor gives.
   """
 
-  title: str = "the samples"
+  title: str = "the sample set"
   moments: Mapping[str, Gaussian] = dataclasses.field(default_factory=dict)
   features: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   labels: np.ndarray | None = None
@@ -126,7 +126,7 @@ def read(path: str | os.PathLike[str]) -> Statistics:
   two samples.
   """
   path = pathlib.Path(path)
-  with images_lib.opened(path) as archive:
+  with image_sets.opened(path) as archive:
     names = {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
     values = {name: _load(archive, name) for name in names - {"arr_0", "arr_1"}}
   if not values and "arr_0" not in names:
@@ -157,26 +157,26 @@ def write(
   features alone get their moments besides.
   """
   outputs = {**statistics.moments, **statistics.features}
-  with images_lib.writing(path) as archive:
+  with image_sets.writing(path) as archive:
     for output in outputs:
       ending, gaussian = _ending(output), statistics.gaussian(output)
-      images_lib.store(archive, f"mu{ending}", gaussian.mu_E)
-      images_lib.store(archive, f"sigma{ending}", gaussian.sigma_EE)
+      image_sets.store(archive, f"mu{ending}", gaussian.mu_E)
+      image_sets.store(archive, f"sigma{ending}", gaussian.sigma_EE)
       if gaussian.count is not None:
-        images_lib.store(archive, f"count{ending}", np.array(gaussian.count))
+        image_sets.store(archive, f"count{ending}", np.array(gaussian.count))
       if output in statistics.features:
         x_NE = statistics.features[output]
-        images_lib.store(archive, f"features{ending}", x_NE)
+        image_sets.store(archive, f"features{ending}", x_NE)
     if statistics.labels is not None:
-      images_lib.store(archive, "labels", np.asarray(statistics.labels))
+      image_sets.store(archive, "labels", np.asarray(statistics.labels))
     text = json.dumps(statistics.about, allow_nan=False)
-    images_lib.store(archive, "about", np.array(text))
+    image_sets.store(archive, "about", np.array(text))
     if images is not None:
-      images_lib.store_images(
+      image_sets.store_images(
         archive, images.batches(256), len(images), images.shape[1:]
       )
       if images.labels is not None:
-        images_lib.store(archive, "arr_1", images.labels)
+        image_sets.store(archive, "arr_1", images.labels)
 
 
 def _ending(output: str) -> str:

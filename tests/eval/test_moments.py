@@ -151,6 +151,23 @@ def test_the_distance_is_symmetric_and_its_root_is_kept(samples):
   assert a.root_EK.shape[1] == min(40, samples - 1)
 
 
+def test_both_kinds_of_root_give_the_same_distance(monkeypatch):
+  def distance():
+    a, b = (Moments.of(features(500, 40, seed)).gaussian() for seed in (1, 2))
+    return frechet(a, b)
+
+  by_cholesky = distance()
+  monkeypatch.setattr(np.linalg, "eigh", lambda s: pytest.fail("no need of eigh"))
+  assert distance() == by_cholesky
+  monkeypatch.undo()
+
+  def refuse(sigma_EE):
+    raise np.linalg.LinAlgError
+
+  monkeypatch.setattr(np.linalg, "cholesky", refuse)
+  assert distance() == pytest.approx(by_cholesky, rel=1e-9)
+
+
 def test_the_distance_of_singular_covariances_needs_no_more_samples_than_features():
   # By the singular values of the centred samples: no square root of a matrix.
   a, b = features(12, 30, 1).astype(float), features(9, 30, 2).astype(float)

@@ -7,7 +7,7 @@ import pytest
 
 from elit_jax.errors import ConfigError
 from elit_jax.eval import statistics
-from elit_jax.eval.images import read_images, write_images
+from elit_jax.eval.image_sets import read_images, write_images
 from elit_jax.eval.moments import Gaussian, Moments
 from elit_jax.eval.statistics import Statistics
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from elit_jax.errors import ConfigError
-from elit_jax.eval import images as images_lib
-from elit_jax.eval.images import read_images, write_images
+from elit_jax.eval import image_sets
+from elit_jax.eval.image_sets import read_images, write_images
 
 
 def pictures(count=10, side=6, channels=3):
@@ -172,6 +172,6 @@ def test_an_error_of_the_reader_itself_is_not_called_damage(tmp_path):
   np.savez(tmp_path / "a.npz", arr_0=pictures(3))
   with (
     pytest.raises(ConfigError, match="mine"),
-    images_lib.opened(tmp_path / "a.npz"),
+    image_sets.opened(tmp_path / "a.npz"),
   ):
     raise ConfigError("mine")
