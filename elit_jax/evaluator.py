@@ -22,7 +22,7 @@ from elit_jax import config as config_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.eval import protocol
-from elit_jax.eval.images import write_images
+from elit_jax.eval.image_sets import write_images
 from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.measure import Instruments

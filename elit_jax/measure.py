@@ -15,7 +15,7 @@ from elit_jax.data.sources import Source
 from elit_jax.errors import ConfigError
 from elit_jax.eval import features as features_lib
 from elit_jax.eval import metrics, statistics
-from elit_jax.eval.images import Images, read_images
+from elit_jax.eval.image_sets import Images, read_images
 from elit_jax.eval.statistics import Statistics
 from elit_jax.logs import Progress
 

@@ -20,7 +20,7 @@ from elit_jax import distributed, environment, files, measure, preemption, train
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.eval import protocol, statistics
-from elit_jax.eval.images import Images, read_images
+from elit_jax.eval.image_sets import Images, read_images
 from elit_jax.eval.moments import Moments
 from elit_jax.eval.statistics import Statistics
 from elit_jax.logs import Progress

@@ -10,7 +10,7 @@ import pytest
 from elit_jax import config as config_lib
 from elit_jax import evaluator, measure, preemption, sharding
 from elit_jax.data.sources import digits
-from elit_jax.eval.images import read_images
+from elit_jax.eval.image_sets import read_images
 from elit_jax.sampling import schedule
 
 SHAPE = (8, 8, 1)

@@ -12,7 +12,7 @@ from elit_jax import preemption, score
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
 from elit_jax.eval import statistics
-from elit_jax.eval.images import read_images, write_images
+from elit_jax.eval.image_sets import read_images, write_images
 from elit_jax.files import to_uint8
 
 

@@ -12,7 +12,7 @@ from elit_jax import evaluate, measure, score, sharding
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
 from elit_jax.eval import protocol, statistics
-from elit_jax.eval.images import write_images
+from elit_jax.eval.image_sets import write_images
 from elit_jax.eval.moments import Gaussian
 from elit_jax.eval.statistics import Statistics
 
