@@ -1,10 +1,10 @@
-"""A sweep as files: quality against cost as pictures, a table and JSON.
+"""A sweep as files: quality against cost as pictures and a table.
 
-A row is a dict with the keys `ROW_KEYS`, one for each way of sampling. `kind`: "budget"
-and "steps" are not guided (fewer tokens, fewer steps, or both); "cfg", "ccfg" and
-"autog" are, by `guidance_scale`; `weak_budget`, if given, tells more than one of these
-apart. `metrics` are {name: {"value", "standard_error", "n"}}. Other keys are kept, and
-those that are a number or a text get a column.
+A row is a dict with the keys `ROW_KEYS`, one for each way of sampling. `kind`: "plain"
+is not guided (fewer tokens, fewer steps, or both); "cfg", "ccfg" and "autog" are, by
+`guidance_scale`; `weak_budget`, if given, tells more than one of these apart. `metrics`
+are {name: {"value", "standard_error", "n"}}. Of other keys those that are a number or a
+text get a column.
 """
 
 import csv
@@ -27,7 +27,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from elit_jax.errors import ConfigError, lookup
-from elit_jax.eval import drawing
+from elit_jax.eval import drawing, protocol
+from elit_jax.eval.metrics import METRICS
 from elit_jax.files import atomic
 
 ROW_KEYS = (
@@ -41,27 +42,6 @@ ROW_KEYS = (
 )
 UNGUIDED = "plain"
 Row = Mapping[str, Any]
-
-
-class Shown(NamedTuple):
-  """How a metric is called, and whether lower or higher is better ("": neither)."""
-
-  name: str
-  better: str = ""
-
-
-METRICS = {
-  "fid": Shown("FID", "lower"),
-  "sfid": Shown("sFID", "lower"),
-  "fdd": Shown("FDD", "lower"),
-  "kid": Shown("KID", "lower"),
-  "cmmd": Shown("CMMD", "lower"),
-  "is": Shown("Inception score", "higher"),
-  "precision": Shown("precision", "higher"),
-  "recall": Shown("recall", "higher"),
-  "recognised": Shown("share recognised", "higher"),
-  "saturation": Shown("saturation"),
-}
 
 
 class Style(NamedTuple):
@@ -322,7 +302,7 @@ def _cost_of_guidance(
   _finish(axes, metric, [plain, *guided.values()])
   _cost_axis(axes, [*unguided(rows), *_all(groups)])
   _curve(axes, plain, NO_GUIDANCE)
-  better = _shown(metric).better
+  better = _better(metric)
   for kind, found in guided.items():
     style = GUIDED[kind]
     faint = {"color": style.colour, "markersize": 4, "alpha": 0.35}
@@ -394,12 +374,12 @@ def _heat(
   for point in scored:
     column, row = place[id(point)]
     values_BS[row, column] = point.value
-  shown = _shown(metric)
+  better = _better(metric)
   low, high = np.nanmin(values_BS), np.nanmax(values_BS)
   wide = low > 0 and high > WIDE * low
   norm = (LogNorm if wide else Normalize)(low, high if high > low else low + 1)
   # The darker, the better.
-  colours = matplotlib.colormaps["Blues_r" if shown.better == "lower" else "Blues"]
+  colours = matplotlib.colormaps["Blues_r" if better == "lower" else "Blues"]
   axes.imshow(values_BS, cmap=colours, norm=norm, aspect="auto", origin="lower")
   for point in scored:
     column, row = place[id(point)]
@@ -409,7 +389,7 @@ def _heat(
     axes.text(column, row, _short(point.value), text, va="bottom", fontsize=8.5)
     dear = drawing.number(point.x / unit.gflops)
     axes.text(column, row, dear, text, va="top", fontsize=6.5)
-  for point in frontier(scored, shown.better):
+  for point in frontier(scored, better):
     column, row = place[id(point)]
     corner = (column - 0.46, row - 0.46)
     frame = {"fill": False, "edgecolor": "#e08e1b", "linewidth": 1.8}
@@ -568,13 +548,14 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
   )
 
 
-def _shown(metric: str) -> Shown:
-  return METRICS.get(metric, Shown(metric))
+def _better(metric: str) -> str:
+  """lower or higher; "neither" of what is unknown."""
+  return METRICS[metric].better if metric in METRICS else "neither"
 
 
 def _title(metric: str) -> str:
-  shown = _shown(metric)
-  return f"{shown.name}  ({shown.better} is better)" if shown.better else shown.name
+  better, name = _better(metric), protocol.title(metric)
+  return name if better == "neither" else f"{name}  ({better} is better)"
 
 
 def _short(value: float) -> str:
