@@ -55,6 +55,7 @@ endif
 quickstart: install  ## train and evaluate the digits model
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=train
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=eval
+	@echo "Next: make report (metrics over budgets, steps and guidance scales, in $(WORKDIR)/sweep)"
 
 report: install  ## metrics of that model over budgets, steps and guidance scales
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=train

@@ -198,16 +198,16 @@ def checked_flags(argv: list[str]) -> list[str]:
 def as_tuple(arg: str, leaves: dict[str, Any]) -> str:
   """An override of a tuple as Python writes it: 100%,k4 is ('100%','k4').
 
-  ml_collections sees so by itself where Python could read the text, as with k1,k4.
+  What Python reads by itself, such as 1,2 and ('k1',), stays as it is.
   """
   name, equals, text = arg.lstrip("-").partition("=")
   if not equals or not isinstance(leaves.get(name), tuple):
     return arg
   try:
-    ast.parse(text, mode="eval")
-  except SyntaxError:
+    ast.literal_eval(text)
+  except (SyntaxError, ValueError):
     if "(" not in text:
-      return f"--{name}={tuple(text.split(','))!r}"
+      return f"--{name}={tuple(text.removesuffix(',').split(','))!r}"
   return arg
 
 

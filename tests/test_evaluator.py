@@ -137,8 +137,8 @@ def instruments():
   return instruments_of(make_config())
 
 
-def instruments_of(config):
-  mesh = sharding.make_mesh(config.mesh)
+def instruments_of(config, devices=None):
+  mesh = sharding.make_mesh(config.mesh, devices)
   return measure.instruments(config, mesh, SHAPE, lambda: digits("train"))
 
 
@@ -162,7 +162,8 @@ def test_neither_batch_nor_devices_change_a_figure(tmp_path, instruments):
   other = dataclasses.replace(
     config, sample=dataclasses.replace(config.sample, batch_size=20)
   )
-  again = draw_rows(other, tmp_path / "b", instruments_of(other))
+  alone = instruments_of(other, jax.devices()[:1])
+  again = draw_rows(other, tmp_path / "b", alone)
   for a, b in zip(values(table), values(again), strict=True):
     assert a == pytest.approx(b, rel=1e-4)
   assert table[0]["protocol"]["identity"] == again[0]["protocol"]["identity"]
