@@ -1,5 +1,6 @@
 """Compiled programs are kept where the next start of a run finds them."""
 
+import ast
 import os
 import pathlib
 import subprocess
@@ -117,3 +118,23 @@ def test_programs_land_in_the_folder_that_the_environment_names(tmp_path):
   chosen = tmp_path / "chosen"
   start(tmp_path / "run", JAX_COMPILATION_CACHE_DIR=str(chosen))
   assert list(chosen.iterdir()) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("text", "wanted"),
+  [
+    ("k1,k4", ("k1", "k4")),
+    ("100%,k4", ("100%", "k4")),
+    ("k1,", ("k1",)),
+    ("a/b.pth,c.pth", ("a/b.pth", "c.pth")),
+    ("random:0", ("random:0",)),
+    ("toy:load", ("toy:load",)),
+    ("('x','y')", ("x", "y")),
+    ("()", ()),
+    ("3,8", (3, 8)),
+  ],
+)
+def test_a_tuple_is_written_as_one_would(text, wanted):
+  arg = main.as_tuple(f"--config.a={text}", {"config.a": ("x",)})
+  assert ast.literal_eval(arg.partition("=")[2]) == wanted
+  assert main.as_tuple(f"--config.a={text}", {"config.a": "x"}) == f"--config.a={text}"
