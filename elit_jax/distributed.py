@@ -9,13 +9,14 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import socket
 import sys
 import threading
 import traceback
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
@@ -271,6 +272,32 @@ def open_folder(folder: pathlib.Path) -> None:
 
   on_leader(make)
   check_shared(folder)
+
+
+def half_done(
+  folder: pathlib.Path, settings: Mapping[str, Any], leaves: Sequence[str]
+) -> pathlib.Path:
+  """The folder of something in the making, which all processes share.
+
+  What a run cut short has left there stays, if it was made with the same `leaves` of
+  the settings (dotted, a prefix counts); else the folder is emptied.
+  """
+
+  def claim() -> None:
+    files.make_folder(folder)
+    files.claim(folder / "config.json", settings, leaves)
+
+  def begin() -> None:
+    try:
+      claim()
+    except ConfigError:  # other settings, or a file cut short: nothing to go on from
+      if folder.is_dir():
+        shutil.rmtree(folder)
+      claim()
+
+  on_leader(begin)
+  check_shared(folder)
+  return folder
 
 
 def check_shared(folder: pathlib.Path) -> None:

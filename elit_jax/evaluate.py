@@ -214,35 +214,11 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   distributed.on_leader(finish)
 
 
-# Settings that the samples of an unfinished report must have been drawn with.
-REPORT_LEAVES = (
-  *sample.SAMPLING_LEAVES,
-  "eval",
-  "budgets",
-  "train.batch_size",
-  "about",
-)
-
-
 def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:
-  """The folder of a report in the making: that of a run cut short goes on, unless it
-  was made with other settings. The finished report stays until the new one is whole.
-  """
+  """The folder of a report in the making; the finished one stays until it is whole."""
   folder = report.with_name(f"{report.name}.partial")
-  settings = config_lib.to_json(bench.config)
-  settings |= {"step": bench.step, "about": evaluator.about(bench.step, bench.view)}
-
-  def open_folder() -> None:
-    files.make_folder(folder)
-    try:
-      files.claim(folder / "config.json", settings, REPORT_LEAVES)
-    except ConfigError:  # other settings, or a file cut short: nothing to go on from
-      shutil.rmtree(folder)
-      files.make_folder(folder)
-      files.claim(folder / "config.json", settings, REPORT_LEAVES)
-
-  distributed.on_leader(open_folder)
-  distributed.check_shared(folder)
+  settings = evaluator.settings(bench.config, bench.step, bench.view)
+  distributed.half_done(folder, settings, evaluator.LEAVES)
   logging.info("average %s of step %d", bench.config.sample.ema, bench.step)
   return folder
 

@@ -334,6 +334,18 @@ LABELS: Mapping[str, Callable[[int, int, int], np.ndarray]] = {
 }
 
 
+# Settings that half an evaluation must have been made with to be gone on with.
+LEAVES = (
+  *sample.SAMPLING_LEAVES,
+  *("eval", "budgets", "guidance", "train.batch_size", "about"),
+)
+
+
+def settings(config: Config, step: int, view: View) -> dict[str, Any]:
+  """What an evaluation of a step is made with: the config, and what it cannot say."""
+  return config_lib.to_json(config) | {"step": step, "about": about(step, view)}
+
+
 def draw_rows(
   config: Config,
   model: spec.Model,

@@ -345,6 +345,8 @@ class Evaluations:
     if distributed.on_leader(path.exists):
       return
     chunks = self._folder / f"{step:07d}.partial"
+    settings = evaluator.settings(self._config, step, self._view)
+    distributed.half_done(chunks, settings, evaluator.LEAVES)
     table = evaluator.draw_rows(
       self._config,
       self._model,

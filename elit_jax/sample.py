@@ -397,6 +397,7 @@ SAMPLING_LEAVES = (
   "model.dtype",
   "sample.batch_size",
   "sample.steps",
+  "sample.uint8",
   "sample.solver",
   "sample.classes",
   "sample.decoder",

@@ -5,12 +5,10 @@ Both read the .npz of the ADM evaluation suite, or folders, zips and tars of pic
 
 import dataclasses
 import functools
-import json
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from absl import logging
@@ -47,7 +45,8 @@ def run(config: Config, workdir: pathlib.Path, source: str | None) -> None:
     "images": list(images.shape),
     "measurement": instruments.measurement,
   }
-  partial = _begin(folder.with_name(f"{folder.name}.partial"), settings)
+  partial = folder.with_name(f"{folder.name}.partial")
+  distributed.half_done(partial, settings, tuple(settings))
   seen = measure.features_of(
     images, instruments.look, config.sample.batch_size, partial
   )
@@ -93,7 +92,8 @@ def run_statistics(
   distributed.open_folder(workdir)
   look, identities = measure.looking(config, mesh, images.shape[1:])
   about = {"features": identities, "images": images.title, "count": len(images)}
-  partial = _begin(workdir / f"{files.stem(path.name)}.partial", about)
+  partial = workdir / f"{files.stem(path.name)}.partial"
+  distributed.half_done(partial, about, tuple(about))
   made = _summed(images, look, config.sample.batch_size, partial)
   if made is None:
     logging.info("termination signal: leaving, run again for the rest")
@@ -132,26 +132,6 @@ def _images(config: Config, source: str | None) -> Images:
   if source is not None:
     return read_images(pathlib.Path(source).expanduser())
   return measure.source_images(train.open_source(config), config)
-
-
-def _begin(folder: pathlib.Path, settings: Mapping[str, Any]) -> pathlib.Path:
-  """A folder for what is half done, empty unless it was begun with these settings."""
-  settings = json.loads(json.dumps(settings))
-
-  def open_folder() -> None:
-    path = folder / "config.json"
-    try:
-      same = path.exists() and files.read_json(path) == settings
-    except ConfigError:  # cut short
-      same = False
-    if not same:
-      shutil.rmtree(folder, ignore_errors=True)
-    files.make_folder(folder)
-    files.write_json(path, settings)
-
-  distributed.on_leader(open_folder)
-  distributed.check_shared(folder)
-  return folder
 
 
 @dataclasses.dataclass(eq=False)
