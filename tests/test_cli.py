@@ -496,7 +496,8 @@ def test_evaluation_as_training_goes(tiny_run, workdir, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(preemption, "requested", begun)
-    tiny_run("train", workdir, *more)
+    with pytest.raises(SystemExit):
+      tiny_run("train", workdir, *more)
   assert [p.name for p in folder.iterdir()] == ["0000002.partial"]
   tiny_run("train", workdir, *more)
   assert [p.name for p in folder.iterdir()] == ["0000002.json"]
