@@ -377,7 +377,8 @@ def draw_rows(
       seconds = drawn.seconds | {"metrics": 0.0}
       with _clock(seconds, "metrics"):
         tools = view.instruments
-        found["metrics"] = tools.score(drawn.features()) if tools else {}
+        seen = drawn.features() if tools else {}
+        found["metrics"] = tools.score(seen, in_turn=True) if tools else {}
       table.append(found | {"seconds": seconds} | take(drawn))
       logging.info("%s", protocol.summary(found))
 

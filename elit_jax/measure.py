@@ -49,13 +49,16 @@ class Instruments:
   seed: int
 
   def score(
-    self, features: Features, title: str = "the samples"
+    self, features: Features, title: str = "the samples", in_turn: bool = False
   ) -> dict[str, dict[str, Any]]:
-    """Every metric of a set of pictures by their features, with its standard error."""
+    """Every metric of a set of pictures by their features, with its standard error.
+
+    in_turn: of their classes, as `Statistics` has it.
+    """
     about = {"features": self.features}
     found = metrics.evaluate(
       self.names,
-      Statistics(title, features=features, about=about),
+      Statistics(title, features=features, about=about, in_turn=in_turn),
       self.reference,
       self.bootstrap,
       self.seed,

@@ -105,8 +105,23 @@ def _frechet(pair: Pair) -> Value:
   x_NE = pair.sample.features.get(pair.output)
   if x_NE is None or own.count != len(x_NE) or not pair.bootstrap:
     return Value(value, None, own.count)
-  times_RG = pair.times(min(GROUPS, len(x_NE)), pair.bootstrap)[1:]
-  return pair.value(np.append(value, frechet_replicates(x_NE, reference, times_RG)))
+  groups = min(GROUPS, len(x_NE))
+  times_RG = pair.times(groups, pair.bootstrap)[1:]
+  group_N = groups_of(len(x_NE), groups, pair.sample.in_turn, pair.seed)
+  replicates = frechet_replicates(x_NE, reference, group_N, times_RG)
+  return pair.value(np.append(value, replicates))
+
+
+def groups_of(count: int, groups: int, in_turn: bool, seed: int) -> np.ndarray:
+  """Which of so many groups each sample is of (N,): successive samples share one if
+  classes come in turn, so that each group is balanced; else it is drawn.
+
+  Groups of one class each would make every replicate another mixture of classes.
+  """
+  place_N = np.arange(count)
+  if not in_turn:
+    np.random.RandomState([seed, 2]).shuffle(place_N)
+  return place_N * groups // count
 
 
 def _inception_score(pair: Pair, epsilon: float = 0.0) -> Value:

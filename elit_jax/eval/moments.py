@@ -188,11 +188,11 @@ def frechet_distance(
 
 
 def frechet_replicates(
-  x_NE: np.ndarray, reference: Gaussian, times_RG: np.ndarray
+  x_NE: np.ndarray, reference: Gaussian, group_N: np.ndarray, times_RG: np.ndarray
 ) -> np.ndarray:
   """Frechet distances (R,) to the reference of samples drawn again by groups.
 
-  Sample i is of group i mod G, and replicate r holds group g `times_RG[r, g]` times.
+  Sample n is of group `group_N[n]`, which replicate r holds `times_RG[r, g]` times.
   The samples are seen once, through the root of the reference, and leave G matrices
   (K, K): a replicate is a sum of those and one spectrum.
   """
@@ -203,7 +203,7 @@ def frechet_replicates(
   total_GE = np.empty((groups, width))
   outer_GKK = np.empty((groups, rank, rank))
   for g in range(groups):
-    own_NE = np.asarray(x_NE[g::groups], np.float64) - centre_E
+    own_NE = np.asarray(x_NE[group_N == g], np.float64) - centre_E
     seen_NK = own_NE @ root_EK
     count_G[g], square_G[g] = len(own_NE), np.vdot(own_NE, own_NE)
     total_GE[g] = own_NE.sum(axis=0)

@@ -37,7 +37,8 @@ class Statistics:
   output, (N, E) floats in the order of the images; those of the ADM references are of
   fewer images than their moments. labels: (N,) or None. images: the file that holds
   uint8 images as arr_0, or None. about: goes into the file as it is; its "features" has
-  each output's identity, a dict that the extractor gives.
+  each output's identity, a dict that the extractor gives. in_turn: classes come in
+  turn, so that successive images are balanced; else nothing is known of their order.
   """
 
   title: str = "the sample set"
@@ -46,6 +47,7 @@ class Statistics:
   labels: np.ndarray | None = None
   images: pathlib.Path | None = None
   about: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  in_turn: bool = False
 
   @functools.cached_property
   def _gaussians(self) -> dict[str, Gaussian]:

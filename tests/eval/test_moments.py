@@ -198,7 +198,7 @@ def test_a_replicate_is_the_distance_of_the_samples_drawn(samples):
   x_NE, groups = features(samples, 30, 1), 5
   reference = Moments.of(features(400, 30, 2, scale=1.3)).gaussian()
   times_RG = np.array([[1, 1, 1, 1, 1], [2, 0, 1, 0, 2], [0, 0, 5, 0, 0]])
-  got_R = frechet_replicates(x_NE, reference, times_RG)
+  got_R = frechet_replicates(x_NE, reference, np.arange(samples) % groups, times_RG)
   for times_G, got in zip(times_RG, got_R, strict=True):
     drawn = [x_NE[g::groups] for g in range(groups) for _ in range(times_G[g])]
     expected = frechet(Moments.of(np.concatenate(drawn)).gaussian(), reference)
