@@ -5,6 +5,7 @@ Any leaf of the config can be overridden: --config.optim.lr=2e-4.
 """
 
 import ast
+import errno
 import functools
 import inspect
 import json
@@ -15,6 +16,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from absl import app, flags, logging
@@ -26,6 +28,8 @@ from elit_jax.errors import ConfigError, TrainingStopped, nearest
 
 OVERRIDE = re.compile(r"--?(?:no)?(config\.[^=]+)")
 CONFIG_FILE = re.compile(r"--?config(?:=(.*))?$", re.DOTALL)
+# What a disk says that takes no more.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # How absl names a flag and the value it refuses, before it says why.
 REFUSED = re.compile(r"flag --([\w.]+)=(.*?): ", re.DOTALL)
 KINDS = {
@@ -125,7 +129,7 @@ def _compare(source: str | None) -> int:
     raise ConfigError(
       "--source is missing: the reports to compare, such as runs/a/report,runs/b/report"
     )
-  text, comparable = protocol.compare(source.split(","))
+  text, comparable = protocol.compare([path for path in source.split(",") if path])
   print(text)
   return 0 if comparable else 1
 
@@ -163,7 +167,11 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
       exchange.run_export, target=TARGET.value, dtype=DTYPE.value
     ),
   }
-  run[MODE.value](config, workdir)
+  # Others may train in the workdir meanwhile, but not make the same report.
+  own = MODE.value in ("eval", "sweep", "score", "statistics") and workdir.is_dir()
+  alone = files.only_writer(workdir, f"{MODE.value}.") if own else nullcontext()
+  with distributed.held_by_leader(alone):
+    run[MODE.value](config, workdir)
   if preemption.requested():
     sys.exit(distributed.quit_code())
 
@@ -306,6 +314,17 @@ def cli() -> None:
     raise
   except ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except OSError as error:
+    if error.errno not in FULL:
+      distributed.abandon_peers()
+      raise
+    print(
+      f"error: cannot write {error.filename or WORKDIR.value}: {error.strerror}; "
+      "make room and run again, what is there stays",
+      file=sys.stderr,
+    )
+    distributed.abandon_peers()
     sys.exit(2)
   except TrainingStopped as error:
     print(f"stopped: {error}", file=sys.stderr)

@@ -86,7 +86,7 @@ def get_config(run: str = "elit-xl-256-mb") -> ConfigDict:
   config.flow.path, config.flow.time = family.path, family.time
   config.sample.steps = 50
   # The papers' protocol; eval.weights and eval.reference are files of yours.
-  config.eval.rows = ("sampled",)
+  config.eval.rows, config.eval.draws = ("sampled",), 0
   config.eval.count, config.eval.labels = 50_000, "random"
   config.eval.metrics = ("fid", "sfid", "is", "precision", "recall")
   config.eval.features = ("inception",)

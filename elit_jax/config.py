@@ -221,11 +221,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     "not be negative",
   ),
   # Fewer have no spread.
-  (
-    ("eval.count", "eval.bootstrap"),
-    lambda x: x >= 2,
-    "be at least 2",
-  ),
+  (("eval.count",), lambda x: x >= 2, "be at least 2"),
+  (("eval.bootstrap",), lambda x: x == 0 or x >= 2, "be 0 (no errors) or at least 2"),
   (("eval.guidance_scale",), lambda x: 1 <= x < math.inf, "be at least 1, and finite"),
   # jax drops all higher bits: other seeds would be equal ones in disguise.
   (("seed", "sample.seed", "eval.seed"), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),
@@ -274,6 +271,11 @@ def check_evaluation(config: Config, model: spec.Model) -> None:
   lookup(dict.fromkeys(LABELS), e.labels, "config.eval.labels")
   for name in e.rows:
     lookup(dict.fromkeys(ROWS), name, "kind of row in config.eval.rows")
+  if e.every and not e.metrics:
+    raise ConfigError(
+      f"config.eval.every is {e.every} and config.eval.metrics is empty: name what is "
+      "to be measured as training goes, or set it to 0"
+    )
   if not e.rows:
     raise ConfigError(f"config.eval.rows is empty: name some of {', '.join(ROWS)}")
   for name in e.metrics:

@@ -290,7 +290,8 @@ def half_done(
   def begin() -> None:
     try:
       claim()
-    except ConfigError:  # other settings, or a file cut short: nothing to go on from
+    except ConfigError as error:
+      logging.warning("what is half done in %s starts anew: %s", folder, error)
       if folder.is_dir():
         shutil.rmtree(folder)
       claim()

@@ -91,6 +91,8 @@ def set_up(config: Config, workdir: pathlib.Path) -> Bench:
   shape = decoder.shape if decoder else config.data.shape
   source = functools.partial(train.open_source, config)
   instruments = measure.instruments(config, mesh, shape, source)
+  if instruments:
+    distributed.together(functools.partial(instruments.check, config.eval.count))
   return Bench(config, model, mesh, step, params, View(decoder, instruments))
 
 
@@ -139,7 +141,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     return quality | (loss_figures(drawn.row, loss_IR) if loss_IR else {})
 
   table = draw(bench, rows, programs, folder, config.eval.count, take)
-  real = real_images(bench, held_out) if held_out and table else {}
+  # Every process has a table, though only that of process 0 has rows.
+  real = real_images(bench, held_out) if held_out and table is not None else {}
   if table is None or real is None:
     logging.info(LEAVING)
     return
@@ -225,9 +228,13 @@ def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:
 
 def replace(folder: pathlib.Path, report: pathlib.Path) -> None:
   """The report in the making takes the place of the finished one."""
-  shutil.rmtree(folder / "chunks", ignore_errors=True)
-  shutil.rmtree(report, ignore_errors=True)
+  old = report.with_name(f"{report.name}.old")
+  shutil.rmtree(old, ignore_errors=True)
+  if report.exists():
+    report.rename(old)
   folder.rename(report)
+  shutil.rmtree(report / "chunks", ignore_errors=True)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def draw(

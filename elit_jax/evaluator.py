@@ -84,8 +84,9 @@ def guided_rows(config: Config, model: spec.Model, scale: float) -> list[Row]:
   if scale == 1:
     return []
   full, *_, small = [*by_price(config, model)] * 2
+  g = config.guidance
   guide = functools.partial(
-    Guidance, scale, channels=config_lib.guided_channels(config)
+    Guidance, scale, low=g.low, high=g.high, channels=config_lib.guided_channels(config)
   )
   guidances = {"CFG": guide()}
   if small != full:
@@ -147,10 +148,11 @@ def sweep_rows(config: Config, model: spec.Model) -> list[Row]:
   e = config.eval
   steps = sorted({config.sample.steps, *e.sweep_steps}, reverse=True)
   scales = sorted({e.guidance_scale, *e.sweep_scales})
-  return [
+  rows = [
     *(row for n in steps for row in plain_rows(config, model, n)),
     *(row for scale in scales for row in guided_rows(config, model, scale)),
   ]
+  return list({row.name: row for row in rows}.values())  # 1.5 and 1.50000001
 
 
 # --- programs -------------------------------------------------------------------------
@@ -220,8 +222,7 @@ class Drawn(NamedTuple):
   def chunks(self, name: str) -> Iterator[np.ndarray]:
     """One array of every batch, in order."""
     for path in sorted(self.folder.glob("*.npz")):
-      with np.load(path) as chunk:
-        yield chunk[name]
+      yield files.load_npz(path)[name]
 
   def images(self, most: int | None = None) -> np.ndarray:
     """What was kept of the samples, or the first `most`; uint8 if they are pictures."""
@@ -244,10 +245,12 @@ class Drawn(NamedTuple):
 
   def features(self) -> Features:
     """What the instruments have seen, sample by sample."""
-    first = next(iter(sorted(self.folder.glob("*.npz"))))
-    with np.load(first) as chunk:
-      names = [name for name in chunk.files if name != "arr_0"]
-    return {name: np.concatenate([*self.chunks(name)]) for name in names}
+    parts: dict[str, list[np.ndarray]] = {}
+    for path in sorted(self.folder.glob("*.npz")):
+      for name, x in files.load_npz(path).items():
+        parts.setdefault(name, []).append(x)
+    parts.pop("arr_0")
+    return {name: np.concatenate(part) for name, part in parts.items()}
 
 
 def draw_row(
@@ -335,15 +338,22 @@ LABELS: Mapping[str, Callable[[int, int, int], np.ndarray]] = {
 
 
 # Settings that half an evaluation must have been made with to be gone on with.
+# What only the metrics depend on is not among them.
 LEAVES = (
   *sample.SAMPLING_LEAVES,
-  *("eval", "budgets", "guidance", "train.batch_size", "about"),
+  *("eval.count", "eval.seed", "eval.labels", "subject", "features", "data.shape"),
 )
 
 
 def settings(config: Config, step: int, view: View) -> dict[str, Any]:
   """What an evaluation of a step is made with: the config, and what it cannot say."""
-  return config_lib.to_json(config) | {"step": step, "about": about(step, view)}
+  features = view.instruments.features if view.instruments else {}
+  subject = about(step, view)["subject"]
+  return config_lib.to_json(config) | {
+    "step": step,
+    "subject": subject,
+    "features": dict(features),
+  }
 
 
 def draw_rows(

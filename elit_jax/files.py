@@ -7,6 +7,8 @@ import os
 import pathlib
 import re
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,12 +32,13 @@ def make_folder(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def only_writer(folder: pathlib.Path) -> Iterator[None]:
+def only_writer(folder: pathlib.Path, what: str = "") -> Iterator[None]:
   """Keeps other processes from writing to a run while the block lasts.
 
-  ConfigError if one does already. The lock goes with the process, however it ends.
+  what: that part of it, which others may write beside. ConfigError if one does already.
+  The lock goes with the process, however it ends.
   """
-  with (folder / ".lock").open("w") as lock:
+  with (folder / f".{what}lock").open("w") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -174,6 +177,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       out[f"{prefix}{key}"] = value
   return out
+
+
+def load_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+  """All arrays of an .npz of ours; ConfigError that names a file that is damaged."""
+  try:
+    with np.load(path) as arrays:
+      return {name: arrays[name] for name in arrays.files}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    raise ConfigError(
+      f"{path} is cut short or damaged ({error}): delete it and run again"
+    ) from None
 
 
 def save_grid(path: str | os.PathLike[str], pixels: np.ndarray) -> None:

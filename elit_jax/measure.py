@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ Look = Callable[[np.ndarray], Features]
 OF_PIXELS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
   "saturation": metrics.saturation
 }
+# Training images that can be a reference without being made into statistics.
+LARGEST = 100_000
 # Which extractor to name for an output that no other gives.
 USUAL = {"pool": "inception", "spatial": "inception", "logits": "inception"}
 USUAL |= {"cls": "dino-l"}
@@ -44,12 +46,13 @@ class Instruments:
   look: Look
   reference: Statistics | None
   features: Mapping[str, Mapping[str, Any]]
+  widths: Mapping[str, int]
   measurement: Mapping[str, Any]
   bootstrap: int
   seed: int
 
   def score(
-    self, features: Features, title: str = "the samples", in_turn: bool = False
+    self, features: Features, title: str = "the sample set", in_turn: bool = False
   ) -> dict[str, dict[str, Any]]:
     """Every metric of a set of pictures by their features, with its standard error.
 
@@ -64,6 +67,19 @@ class Instruments:
       self.seed,
     )
     return {name: value._asdict() for name, value in found.items()}
+
+  def check(self, count: int) -> None:
+    """ConfigError for what would be found wrong once `count` pictures are scored.
+
+    Without a picture: the reference is compared with features that are all 0.
+    """
+    features = {
+      name: np.broadcast_to(np.float32(0), (count, width))
+      for name, width in self.widths.items()
+    }
+    about = {"features": self.features}
+    sample = Statistics(f"{count} samples", features=features, about=about)
+    metrics.check(self.names, sample, self.reference)
 
 
 def instruments(
@@ -86,17 +102,18 @@ def instruments(
       "pictures: name the autoencoder's weights in config.sample.decoder, or leave the "
       "metrics empty"
     )
-  look, identities = looking(config, mesh, shape)
+  look, identities, widths = looking(config, mesh, shape)
   needs: set[str] = {metrics.METRICS[name].needs for name in names}
   reference: Statistics | None = None
   measured: dict[str, Any] = {}
   if needs != {"none"}:
-    reference, measured = _reference(config, look, identities, needs, open_source)
+    reference, measured = _reference(config, look, identities, open_source)
   return Instruments(
     names,
     look,
     reference,
     identities,
+    widths,
     {
       "features": {i["name"]: dict(i) for i in identities.values()},
       "reference": measured,
@@ -108,13 +125,20 @@ def instruments(
 
 
 def looking(
-  config: Config, mesh: Mesh, shape: Sequence[int]
-) -> tuple[Look, dict[str, dict[str, Any]]]:
+  config: Config,
+  mesh: Mesh,
+  shape: Sequence[int],
+  more: Collection[str] = (),
+  without: Collection[str] = (),
+) -> tuple[Look, dict[str, dict[str, Any]], dict[str, int]]:
   """How the outputs that the config's metrics need are had from pictures of `shape`,
-  and the identity of what gives them. ConfigError where no extractor does.
+  the identity of what gives each, and its width.
+
+  more: outputs that are wanted besides, where an extractor of the config gives them;
+  without: those that are not. ConfigError where no extractor gives a needed one.
   """
   e = config.eval
-  outputs = {metrics.METRICS[name].output for name in e.metrics}
+  outputs = {metrics.METRICS[name].output for name in e.metrics} - {*without}
   of_pixels = {name: OF_PIXELS[name] for name in sorted(outputs & OF_PIXELS.keys())}
   wanted = outputs - OF_PIXELS.keys()
   weights = e.weights or ("",) * len(e.features)
@@ -128,7 +152,7 @@ def looking(
         f"config.eval.features {e.features} gives: add one that does, such as "
         f"{USUAL.get(missing[0], 'inception')!r}"
       )
-    return {name: offered[name] for name in sorted(wanted)}
+    return {name: offered[name] for name in sorted(wanted | ({*more} & offered.keys()))}
 
   offered = distributed.together(load)
   used = list({id(x): x for x in offered.values()}.values())
@@ -151,53 +175,93 @@ def looking(
   if used:  # what cannot look at these pictures says so now
     extract(np.zeros((0, *shape), np.uint8))
   identities = {name: {"name": x.name, **x.identity} for name, x in offered.items()}
-  return look, identities
+  widths = {name: x.outputs[name] for name, x in offered.items()}
+  return look, identities, widths | dict.fromkeys(of_pixels, 1)
 
 
 def _reference(
   config: Config,
   look: Look,
   identities: Mapping[str, Mapping[str, Any]],
-  needs: set[str],
   open_source: Callable[[], Source],
 ) -> tuple[Statistics, dict[str, Any]]:
   """What samples are compared with, and what a protocol says of it."""
-  size = config.sample.batch_size
   if text := config.eval.reference:
     path = pathlib.Path(text).expanduser()
-    found = distributed.together(lambda: statistics.read(path))
-    measured = {
-      "file": path.name,
-      "sha256": distributed.on_leader(lambda: _sha256(path)),
-    }
-    lacking = identities.keys() - found.features.keys()
-    if "features" in needs and found.images and lacking:
-      images = distributed.together(lambda: read_images(path))
-      seen = _all_features(images, look, size)
-      found = dataclasses.replace(found, features={**seen, **found.features})
-    return found, measured
-  source = distributed.together(open_source)
-  images = source_images(source, config)
-  seen = _all_features(images, look, size)
-  found = Statistics(
-    "the training images", features=seen, about={"features": identities}
-  )
-  digest = hashlib.sha256()
-  for batch in images.batches(size):
-    digest.update(batch.tobytes())
-  return found, {
-    "images": images.title,
-    "count": len(images),
-    "sha256": digest.hexdigest(),
+    return _of_file(config, path, look, identities)
+
+  def opened() -> Images:
+    try:
+      images = source_images(open_source(), config)
+    except ConfigError as error:
+      raise ConfigError(
+        "config.eval.reference is empty, and the training images cannot stand in for "
+        f"it: {error}"
+      ) from None
+    if len(images) > LARGEST:
+      raise ConfigError(
+        f"config.eval.reference is empty, and {len(images):,} training images are too "
+        "many to be held: make statistics of them once with --mode=statistics"
+      )
+    return images
+
+  images = distributed.together(opened)
+  seen, digest = _all_features(images, look, config.sample.batch_size)
+  about = {"features": identities}
+  found = Statistics("the set of training images", features=seen, about=about)
+  return found, {"images": images.title, "count": len(images), "sha256": digest}
+
+
+def _of_file(
+  config: Config,
+  path: pathlib.Path,
+  look: Look,
+  identities: Mapping[str, Mapping[str, Any]],
+) -> tuple[Statistics, dict[str, Any]]:
+  """The reference at a path: statistics, or images, of which it then has features."""
+
+  def read() -> Statistics:
+    if path.is_dir():
+      return Statistics(str(path), images=path)
+    return statistics.read(path)
+
+  found = distributed.together(read)
+  needs = {metrics.METRICS[name] for name in config.eval.metrics}
+  lacking = {
+    metric.output
+    for metric in needs
+    if metric.output not in found.features
+    and (metric.needs == "features" or metric.output not in found.moments)
+    and metric.needs != "none"
+  }
+  if found.images is None or not lacking:
+    return found, {"sha256": distributed.on_leader(lambda: _sha256(path))}
+  images = distributed.together(lambda: read_images(path))
+  seen, digest = _all_features(images, look, config.sample.batch_size)
+  kept = {name: x for name, x in seen.items() if name in lacking}
+  about = dict(found.about)
+  about["features"] = dict(identities) | dict(about.get("features") or {})
+  if not path.is_dir():
+    digest = distributed.on_leader(lambda: _sha256(path))
+  return dataclasses.replace(found, features={**kept, **found.features}, about=about), {
+    "sha256": digest
   }
 
 
-def _all_features(images: Images, look: Look, size: int) -> Features:
-  """`features_of`, which here a termination signal ends as it ends set-up: at once."""
-  seen = features_of(images, look, size)
+def _all_features(images: Images, look: Look, size: int) -> tuple[Features, str]:
+  """`features_of`, which here a termination signal ends as it ends set-up: at once; and
+  the SHA-256 of all pixels.
+  """
+  digest = hashlib.sha256()
+
+  def looked(batch: np.ndarray) -> Features:
+    digest.update(batch.tobytes())
+    return look(batch)
+
+  seen = features_of(images, looked, size)
   if seen is None:
     raise SystemExit(distributed.quit_code())
-  return seen
+  return seen, digest.hexdigest()
 
 
 def _sha256(path: pathlib.Path) -> str:
@@ -235,10 +299,10 @@ def features_of(
   done = 0
   if folder:
     for path in sorted(folder.glob("*.npz")):
-      with np.load(path) as chunk:
-        for name in chunk.files:
-          parts.setdefault(name, []).append(chunk[name])
-          length = len(chunk[name])
+      chunk = files.load_npz(path)
+      for name, x in chunk.items():
+        parts.setdefault(name, []).append(x)
+        length = len(x)
       done += length
   # Processes that read the folder at another moment would go on from elsewhere.
   done = distributed.on_leader(lambda: done)

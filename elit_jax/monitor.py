@@ -346,7 +346,8 @@ class Evaluations:
       return
     chunks = self._folder / f"{step:07d}.partial"
     settings = evaluator.settings(self._config, step, self._view)
-    distributed.half_done(chunks, settings, evaluator.LEAVES)
+    # Whatever is trained differently may have come to other weights at this step.
+    distributed.half_done(chunks, settings, tuple(settings))
     table = evaluator.draw_rows(
       self._config,
       self._model,

@@ -5,10 +5,12 @@ Both read the .npz of the ADM evaluation suite, or folders, zips and tars of pic
 
 import dataclasses
 import functools
+import math
 import pathlib
 import shutil
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -17,7 +19,7 @@ from elit_jax import config as config_lib
 from elit_jax import distributed, environment, files, measure, preemption, train
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
-from elit_jax.eval import protocol, statistics
+from elit_jax.eval import metrics, protocol, statistics
 from elit_jax.eval.image_sets import Images, read_images
 from elit_jax.eval.moments import Moments
 from elit_jax.eval.statistics import Statistics
@@ -39,12 +41,10 @@ def run(config: Config, workdir: pathlib.Path, source: str | None) -> None:
   opened = functools.partial(train.open_source, config)
   instruments = measure.instruments(config, mesh, images.shape[1:], opened)
   assert instruments is not None
-  folder = workdir / "scores" / files.stem(path.name)
-  settings = {
-    "source": str(path.absolute()),
-    "images": list(images.shape),
-    "measurement": instruments.measurement,
-  }
+  distributed.together(functools.partial(instruments.check, len(images)))
+  settings = _source(path, images) | {"features": dict(instruments.features)}
+  name = f"{files.stem(path.name)}-{protocol.identity({'source': settings['source']})}"
+  folder = workdir / "scores" / name
   partial = folder.with_name(f"{folder.name}.partial")
   distributed.half_done(partial, settings, tuple(settings))
   seen = measure.features_of(
@@ -90,10 +90,19 @@ def run_statistics(
   images = distributed.together(lambda: _images(config, source))
   mesh = config_lib.make_mesh(config, config_lib.build_model(config))
   distributed.open_folder(workdir)
-  look, identities = measure.looking(config, mesh, images.shape[1:])
+  # The official evaluator wants both of these where there is one of them.
+  both = ("pool", "spatial")
+  needless = {m.output for m in metrics.METRICS.values() if m.needs == "none"}
+  look, identities, _ = measure.looking(config, mesh, images.shape[1:], both, needless)
+  if not identities:
+    raise ConfigError(
+      f"config.eval.metrics {config.eval.metrics} compare with no reference: name fid, "
+      "sfid, fdd, precision, recall or kid"
+    )
   about = {"features": identities, "images": images.title, "count": len(images)}
+  settings = about | (_source(pathlib.Path(source), images) if source else {})
   partial = workdir / f"{files.stem(path.name)}.partial"
-  distributed.half_done(partial, about, tuple(about))
+  distributed.half_done(partial, settings, tuple(settings))
   made = _summed(images, look, config.sample.batch_size, partial)
   if made is None:
     logging.info("termination signal: leaving, run again for the rest")
@@ -111,6 +120,18 @@ def run_statistics(
     logging.info("statistics of %s images in %s", f"{len(images):,}", path)
 
   distributed.on_leader(finish)
+
+
+def _source(path: pathlib.Path, images: Images) -> dict[str, Any]:
+  """What tells a file or folder of images from another, or from an older one."""
+  path = path.expanduser().absolute()
+  found = sorted(path.rglob("*")) if path.is_dir() else [path]
+  state = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in found]
+  return {
+    "source": str(path),
+    "images": list(images.shape),
+    "state": protocol.identity({"files": state}),
+  }
 
 
 def _check_metrics(config: Config) -> None:
@@ -142,17 +163,19 @@ class _Sums:
   done: int
   moments: dict[str, Moments]
 
-  @classmethod
-  def load(cls, path: pathlib.Path) -> "_Sums":
-    if not path.exists():
-      return cls(path, 0, {})
-    with np.load(path) as stored:
-      names = [n.removeprefix("total_") for n in stored.files if n.startswith("total_")]
-      done = int(stored["done"])
-      moments = {
-        n: Moments(done, stored[f"total_{n}"], stored[f"outer_{n}"]) for n in names
-      }
-    return cls(path, done, moments)
+  def load(self, size: int, store: pathlib.Path) -> int:
+    """Takes what is on disk, if the images kept in `store` are all there (`size`
+    bytes); returns how many images it is of.
+    """
+    if self.path.exists() and store.exists() and store.stat().st_size > size:
+      stored = files.load_npz(self.path)
+      self.done = int(stored["done"])
+      for name in stored:
+        if name.startswith("total_"):
+          output = name.removeprefix("total_")
+          outer_EE = stored[f"outer_{output}"]
+          self.moments[output] = Moments(self.done, stored[name], outer_EE)
+    return self.done
 
   def add(self, seen: measure.Features) -> None:
     for name, x_NE in seen.items():
@@ -174,13 +197,13 @@ def _summed(
   number alone; None if a termination signal came. Process 0 has the sums.
   """
   leader = distributed.is_leader()
-  sums = _Sums.load(folder / "sums.npz") if leader else _Sums(folder, 0, {})
-  done = distributed.on_leader(lambda: sums.done)
+  sums = _Sums(folder / "sums.npz", 0, {})
   rng = np.random.Generator(np.random.Philox(0))
   chosen = rng.permutation(len(images))[:KEPT]
   chosen.sort()
   shape = (len(chosen), *images.shape[1:])
   store = folder / "images.npy"
+  done = distributed.on_leader(lambda: sums.load(math.prod(shape), store))
   if leader:
     kept = np.lib.format.open_memmap(
       store, "r+" if done else "w+", np.uint8, None if done else shape

@@ -39,20 +39,61 @@ def samples(tmp_path, held_out):
   return path
 
 
-def scored(folder) -> dict:
-  (row,) = json.loads((folder / "metrics.json").read_text())["rows"]
+def scored(folder, name: str = "samples.npz") -> dict:
+  """The row of the one result of that name in a workdir."""
+  (path,) = folder.glob(f"scores/{name}-*/metrics.json")
+  (row,) = json.loads(path.read_text())["rows"]
   return row
 
 
 def test_samples_are_scored_against_the_training_images(tmp_path, samples):
   score.run(make_config(), tmp_path / "run", str(samples))
-  folder = tmp_path / "run/scores/samples.npz"
-  row = scored(folder)
+  row = scored(tmp_path / "run")
+  (folder,) = (tmp_path / "run/scores").iterdir()
   assert set(row["metrics"]) == {"fid", "is", "precision", "recall", "kid"}
   assert row["samples"] == 100 and row["metrics"]["precision"]["value"] > 0.5
   assert row["protocol"]["measurement"]["samples"] == 100
   assert "samples.npz" in (folder / "metrics.md").read_text()
-  assert [p.name for p in (tmp_path / "run/scores").iterdir()] == ["samples.npz"]
+
+
+def test_sets_of_one_name_do_not_share_a_place(tmp_path, held_out):
+  for name, images in (("a", held_out), ("b", held_out[::-1][:50])):
+    path = tmp_path / name / "samples.npz"
+    write_images(path, [images], len(images), images.shape[1:])
+    score.run(make_config(), tmp_path / "run", str(path))
+  counts = [
+    json.loads(p.read_text())["rows"][0]["samples"]
+    for p in (tmp_path / "run/scores").glob("*/metrics.json")
+  ]
+  assert sorted(counts) == [50, 100]
+
+
+def test_a_folder_of_pictures_can_be_the_reference(tmp_path, held_out):
+  (tmp_path / "real").mkdir()
+  for i, image in enumerate(held_out.repeat(3, axis=-1)):
+    Image.fromarray(image).save(tmp_path / f"real/{i:03d}.png")
+  bare = tmp_path / "bare.npz"  # images alone, without statistics
+  write_images(bare, [held_out.repeat(3, axis=-1)], len(held_out), (8, 8, 3))
+  for reference in (tmp_path / "real", bare):
+    config = make_config(eval__reference=str(reference))
+    score.run(config, tmp_path / reference.name / "run", str(tmp_path / "real"))
+    found = scored(tmp_path / reference.name / "run", "real")["metrics"]
+    assert abs(found["fid"]["value"]) < 1e-6 and found["recall"]["value"] == 1
+
+
+def test_another_file_at_the_same_place_is_looked_at_anew(
+  tmp_path, samples, held_out, monkeypatch
+):
+  config = make_config()
+  images = held_out[:40][::-1].copy()
+  with monkeypatch.context() as patch:
+    polls = iter([False] * 97)
+    patch.setattr(preemption, "requested", lambda: next(polls, True))
+    score.run(config, tmp_path / "run", str(samples))
+  write_images(samples, [images], len(images), images.shape[1:])
+  score.run(config, tmp_path / "run", str(samples))
+  score.run(config, tmp_path / "fresh", str(samples))
+  assert scored(tmp_path / "run")["metrics"] == scored(tmp_path / "fresh")["metrics"]
 
 
 def test_a_folder_of_pictures_is_an_npz_of_them(tmp_path, held_out):
@@ -74,7 +115,7 @@ def test_a_folder_of_pictures_is_an_npz_of_them(tmp_path, held_out):
   found = []
   for name in ("a.npz", "b"):
     score.run(config, tmp_path / "run", str(tmp_path / name))
-    found.append(scored(tmp_path / "run/scores" / name))
+    found.append(scored(tmp_path / "run", name))
   assert found[0]["metrics"] == found[1]["metrics"]
   assert found[0]["protocol"]["identity"] == found[1]["protocol"]["identity"]
   assert abs(found[0]["metrics"]["fid"]["value"]) < 1e-6
@@ -93,10 +134,7 @@ def test_a_reference_of_the_training_data_is_that_data(tmp_path, samples):
   score.run(config, tmp_path / "direct", str(samples))
   through = make_config(eval__reference=str(reference))
   score.run(through, tmp_path / "through", str(samples))
-  a, b = (
-    scored(tmp_path / name / "scores/samples.npz")["metrics"]
-    for name in ("direct", "through")
-  )
+  a, b = (scored(tmp_path / name)["metrics"] for name in ("direct", "through"))
   for name in a:
     assert a[name]["value"] == pytest.approx(b[name]["value"], rel=1e-4, abs=1e-6)
 
@@ -139,12 +177,12 @@ def test_scores_cut_short_go_on(tmp_path, samples, monkeypatch):
     patch.setattr(preemption, "requested", lambda: next(polls, True))
     score.run(config, tmp_path / "run", str(samples))
   folder = tmp_path / "run/scores"
-  assert [p.name for p in folder.iterdir()] == ["samples.npz.partial"]
+  assert [p.suffix for p in folder.iterdir()] == [".partial"]
   assert len(list(folder.glob("*/*.npz"))) == 3
   score.run(config, tmp_path / "run", str(samples))
-  assert [p.name for p in folder.iterdir()] == ["samples.npz"]
-  whole = scored(tmp_path / "whole/scores/samples.npz")
-  assert scored(folder / "samples.npz")["metrics"] == whole["metrics"]
+  assert not list(folder.glob("*.partial"))
+  whole = scored(tmp_path / "whole")
+  assert scored(tmp_path / "run")["metrics"] == whole["metrics"]
 
 
 def test_what_is_missing_is_said(tmp_path, samples):

@@ -192,6 +192,20 @@ CASES = {
     ),
     "16",
   ),
+  "an extractor that fails": (
+    lambda d: score_of(d, eval__features=("json:loads",)),
+    "extractor 'json:loads' fails with ''",
+  ),
+  "statistics of what compares with nothing": (
+    lambda d: score.run_statistics(
+      make_config(eval__metrics=("is",)), d / "run", None, str(d / "new.npz")
+    ),
+    "compare with no reference: name fid",
+  ),
+  "evaluation in training of nothing": (
+    lambda d: make_config(eval__every=5, eval__metrics=()),
+    "eval.every is 5 and config.eval.metrics is empty",
+  ),
   "labels by no rule": (
     lambda d: make_config(eval__labels="randm"),
     "'randm': did you mean 'random'",
@@ -241,7 +255,7 @@ def prepared(tmp_path_factory) -> pathlib.Path:
 def test_it_is_said_in_a_sentence(name, prepared, tmp_path):
   good = tmp_path / "good.npz"
   good.write_bytes((prepared / "good.npz").read_bytes())
-  done = tmp_path / "run/scores/good.npz"
+  done = tmp_path / "run/scores/good.npz-01234567"
   done.mkdir(parents=True)
   (done / "metrics.json").write_text("{}")  # of another day
   call, words = CASES[name]
@@ -256,4 +270,4 @@ def test_what_is_right_is_scored(prepared, tmp_path):
   """So that no case fails for another reason."""
   (tmp_path / "good.npz").write_bytes((prepared / "good.npz").read_bytes())
   against(tmp_path, stats())
-  assert (tmp_path / "run/scores/good.npz/metrics.json").exists()
+  assert list(tmp_path.glob("run/scores/good.npz-*/metrics.json"))

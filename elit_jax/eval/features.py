@@ -81,8 +81,15 @@ def load(name: str, weights: str = "") -> Extractor:
 
   ConfigError for an unknown name and for weights that are missing or do not fit.
   """
-  loader = late(name) if ":" in name else lookup(EXTRACTORS, name, "extractor")
-  found = loader(weights)
+  if ":" not in name:
+    return lookup(EXTRACTORS, name, "extractor")(weights)
+  try:
+    found = late(name)(weights)
+  except ConfigError:
+    raise
+  except Exception as error:  # whatever a user's file may raise
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise ConfigError(f"extractor {name!r} fails with {weights!r}: {reason}") from error
   if not isinstance(found, Extractor):
     raise ConfigError(f"{name!r} gives a {type(found).__name__}: want an Extractor")
   return found

@@ -329,8 +329,7 @@ def evaluate(
   metrics = {name: lookup(METRICS, name, "metric") for name in names}
   if bootstrap < 0 or bootstrap == 1:
     raise ConfigError(f"bootstrap={bootstrap}: want 0, for no errors, or at least 2")
-  for name, metric in metrics.items():
-    _check(name, metric, sample, reference)
+  check(names, sample, reference)
   found: dict[str, Value] = {}
   for output in dict.fromkeys(metric.output for metric in metrics.values()):
     pair = Pair(sample, reference, output, bootstrap, seed)
@@ -338,6 +337,14 @@ def evaluate(
       if metric.output == output:
         found[name] = metric.compute(pair)
   return {name: found[name] for name in names}
+
+
+def check(
+  names: Sequence[str], sample: Statistics, reference: Statistics | None
+) -> None:
+  """ConfigError for whatever keeps a metric from being computed."""
+  for name in names:
+    _check(name, lookup(METRICS, name, "metric"), sample, reference)
 
 
 def _check(

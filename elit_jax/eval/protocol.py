@@ -8,6 +8,7 @@ whatever their subjects: that is what an evaluation is for.
 
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,13 +42,13 @@ def title(metric: str) -> str:
 
 
 def figure(value: Mapping[str, Any] | None) -> str:
-  """A value with its standard error; as many digits as the error bears."""
+  """A value with its standard error, to the two digits that the error bears."""
   if value is None:
     return "-"
   x, error = value["value"], value.get("standard_error")
-  if error is None:
+  if not error:
     return f"{x:.4g}"
-  digits = 2 if error >= 0.1 else 3 if error >= 0.01 else 4
+  digits = min(12, max(0, 1 - math.floor(math.log10(error))))
   return f"{x:.{digits}f} ± {error:.{digits}f}"
 
 
@@ -82,15 +83,18 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     text = "; ".join(f"{key} {value}" for key, value in entries.items())
     lines += ["", f"Protocol {name}: {text}."]
   subjects = [files.flatten(row["protocol"]["subject"]) for row in rows]
-  if subjects:
-    shared = {
-      key: value
-      for key, value in subjects[0].items()
-      if all(other.get(key) == value for other in subjects)
-    }
-    text = "; ".join(f"{key} {value}" for key, value in shared.items())
-    lines += ["", f"All rows: {text}."]
+  keys = list(dict.fromkeys(key for subject in subjects for key in subject))
+  same = [key for key in keys if len({str(s.get(key)) for s in subjects}) == 1]
+  if same:
+    lines += ["", f"All rows: {_said(subjects[0], same)}."]
+  for row, subject in zip(rows, subjects, strict=True):
+    if own := [key for key in keys if key not in same]:
+      lines += ["", f"Row {row['name']}: {_said(subject, own)}."]
   return "\n".join(lines) + "\n"
+
+
+def _said(entries: Mapping[str, Any], keys: Sequence[str]) -> str:
+  return "; ".join(f"{key} {entries.get(key)}" for key in keys)
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
@@ -98,27 +102,68 @@ def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
   path = pathlib.Path(path)
   path = path / FILE if path.is_dir() else path
   rows = files.read_json(path).get("rows")
-  wanted = {"name", "metrics", "protocol", "samples"}
-  if not isinstance(rows, list) or any(
-    not isinstance(row, dict) or wanted - row.keys() for row in rows
-  ):
+  if not isinstance(rows, list) or not rows or not all(map(_is_row, rows)):
     raise ConfigError(f"{path} holds no rows of an evaluation: give a {FILE}")
   return [row | {"from": str(path)} for row in rows]
 
 
-def compare(paths: Sequence[str]) -> tuple[str, bool]:
-  """What the evaluations at these paths found: a table a measurement, and in which
-  entries the measurements differ; and whether there is but one. ConfigError as `read`.
+def _is_row(row: Any) -> bool:
+  """Whether it has all that `markdown` reads."""
+  if not isinstance(row, dict) or not isinstance(row.get("samples"), int):
+    return False
+  measured, said = row.get("metrics"), row.get("protocol")
+  return (
+    isinstance(row.get("name"), str)
+    and isinstance(measured, dict)
+    and all(
+      isinstance(v, dict) and isinstance(v.get("value"), int | float)
+      for v in measured.values()
+    )
+    and isinstance(said, dict)
+    and isinstance(said.get("identity"), str)
+    and all(isinstance(said.get(part), dict) for part in ("measurement", "subject"))
+  )
+
+
+def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+  """Whether two measurements agree in all that is known of both.
+
+  Of images that others have drawn nobody may know the labels or the rounding.
   """
+  a, b = files.flatten(a), files.flatten(b)
+  return all(a[key] == b[key] for key in a.keys() & b.keys())
+
+
+def compare(paths: Sequence[str]) -> tuple[str, bool]:
+  """What the evaluations at these paths found: a table for all that may be compared,
+  what is not known of some, and in which entries the others differ; and whether all
+  may be. ConfigError as `read`.
+  """
+  if not paths:
+    raise ConfigError(f"nothing to compare: name some {FILE} or folders with one")
   rows = [row for path in paths for row in read(path)]
-  groups: dict[str, list[Mapping[str, Any]]] = {}
+  groups: list[list[dict[str, Any]]] = []
   for row in rows:
-    groups.setdefault(row["protocol"]["identity"], []).append(row)
+    measured = row["protocol"]["measurement"]
+    for group in groups:
+      if all(comparable(measured, r["protocol"]["measurement"]) for r in group):
+        group.append(row)
+        break
+    else:
+      groups.append([row])
   parts = []
-  for group in groups.values():
+  for group in groups:
     named = [{**row, "name": f"{row['name']} ({row['from']})"} for row in group]
     parts.append(markdown(named))
-  first, *others = [group[0]["protocol"] for group in groups.values()]
+    known = [files.flatten(row["protocol"]["measurement"]) for row in group]
+    unknown = [
+      key
+      for key in dict.fromkeys(k for m in known for k in m)
+      if any(key not in m for m in known)
+    ]
+    if unknown:
+      parts.append(f"Not known of all of these: {', '.join(unknown)}.\n")
+  first, *others = [group[0]["protocol"] for group in groups]
   for other in others:
     found = differences(first["measurement"], other["measurement"])
     parts.append(
@@ -126,4 +171,4 @@ def compare(paths: Sequence[str]) -> tuple[str, bool]:
       + "; ".join(found)
       + ".\n"
     )
-  return "\n".join(parts), len(groups) <= 1
+  return "\n".join(parts), not others

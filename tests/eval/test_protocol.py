@@ -56,9 +56,12 @@ def test_differences_name_every_entry():
   ("value", "error", "text"),
   [
     (3.94261, None, "3.943"),
-    (215.842, 1.234, "215.84 ± 1.23"),
+    (1, 0.0, "1"),
+    (215.842, 1.234, "215.8 ± 1.2"),
     (3.94261, 0.0216, "3.943 ± 0.022"),
-    (0.82649, 0.00031, "0.8265 ± 0.0003"),
+    (0.82649, 0.00031, "0.82649 ± 0.00031"),
+    (1.2e-5, 1.1e-6, "0.0000120 ± 0.0000011"),
+    (123456.7, 99.0, "123457 ± 99"),
   ],
 )
 def test_a_figure_has_the_digits_of_its_error(value, error, text):
@@ -73,6 +76,7 @@ def test_a_line_of_a_table_carries_its_protocol():
   assert text.count(f"Protocol {name}: ") == 1
   assert "features.inception.sha256 67ab" in text
   assert "All rows: solver euler; checkpoint_step 7." in text  # and no budget
+  assert "Row k1: budget k1." in text
 
 
 def test_rows_of_one_measurement_share_a_table(tmp_path):
@@ -97,9 +101,26 @@ def test_rows_of_two_measurements_are_kept_apart_and_told_why(tmp_path):
   assert "differ in labels: 'balanced' against 'r'." in out
 
 
+def test_what_is_not_known_is_not_a_difference(tmp_path):
+  known, unknown = make_row("k4"), make_row("theirs")
+  del unknown["protocol"]["measurement"]["labels"]
+  a, b = (write(tmp_path / f"{r['name']}.json", r) for r in (known, unknown))
+  out, same = protocol.compare([a, b])
+  assert same and out.count("| row |") == 1
+  assert "Not known of all of these: labels." in out
+
+
 def test_what_holds_no_rows_is_refused(tmp_path):
   path = tmp_path / "a.json"
-  for text in ("{}", '{"rows": [{"name": "k4"}]}', "[", '{"rows": 3}', '{"rows": [3]}'):
+  broken = [
+    make_row() | {"protocol": None},
+    make_row() | {"protocol": {}},
+    make_row() | {"metrics": {"fid": 3}},
+    {"name": "k4"},
+    3,
+  ]
+  texts = [json.dumps({"rows": [row]}) for row in broken]
+  for text in ("{}", "[", '{"rows": 3}', '{"rows": []}', *texts):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"a\.json (holds no rows|is damaged)"):
       protocol.compare([str(path)])
