@@ -85,6 +85,11 @@ def run_statistics(
   if target is None:
     raise ConfigError("--target is missing: the .npz that the statistics go to")
   _check_metrics(config)
+  if all(metrics.METRICS[name].needs == "none" for name in config.eval.metrics):
+    raise ConfigError(
+      f"config.eval.metrics {config.eval.metrics} compare with no reference: name fid, "
+      "sfid, fdd, precision, recall or kid"
+    )
   path = pathlib.Path(target).expanduser()
   distributed.together(lambda: _check_new(path))
   images = distributed.together(lambda: _images(config, source))
@@ -94,11 +99,6 @@ def run_statistics(
   both = ("pool", "spatial")
   needless = {m.output for m in metrics.METRICS.values() if m.needs == "none"}
   look, identities, _ = measure.looking(config, mesh, images.shape[1:], both, needless)
-  if not identities:
-    raise ConfigError(
-      f"config.eval.metrics {config.eval.metrics} compare with no reference: name fid, "
-      "sfid, fdd, precision, recall or kid"
-    )
   about = {"features": identities, "images": images.title, "count": len(images)}
   settings = about | (_source(pathlib.Path(source), images) if source else {})
   partial = workdir / f"{files.stem(path.name)}.partial"

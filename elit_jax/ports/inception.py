@@ -17,8 +17,8 @@ HASH = "6726825d"
 FILE = f"weights-inception-2015-12-05-{HASH}.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
 FETCH = (
-  f"fetch {FILE} with `curl -LO {URL}` and give its path (the extra torch reads it: pip "
-  "install 'elit_jax[torch]')"
+  f"fetch {FILE} with `curl -LO {URL}` and give its path (the extra torch reads it: "
+  "pip install 'elit_jax[torch]')"
 )
 
 NORM = {
