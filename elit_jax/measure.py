@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from elit_jax import distributed, files, preemption
@@ -80,6 +81,16 @@ class Instruments:
     about = {"features": self.features}
     sample = Statistics(f"{count} samples", features=features, about=about)
     metrics.check(self.names, sample, self.reference)
+    for name in self.names:
+      metric = metrics.METRICS[name]
+      if metric.takes == "moments" and count <= self.widths[metric.output]:
+        logging.warning(
+          "%s of %d samples through %d features: their covariance has not full rank, "
+          "and the value lies far above that of more samples",
+          name,
+          count,
+          self.widths[metric.output],
+        )
 
 
 def instruments(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -330,6 +331,8 @@ class Evaluations:
     decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
     shape = decoder.shape if decoder else config.data.shape
     instruments = measure.instruments(config, mesh, shape, open_source)
+    if instruments:
+      distributed.together(functools.partial(instruments.check, config.eval.count))
     self._view = evaluator.View(decoder, instruments)
     self._rows = evaluator.plain_rows(config, model, config.sample.steps)
     jobs = evaluator.samplers(config, model, self._rows, mesh)

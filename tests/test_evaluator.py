@@ -211,6 +211,14 @@ def test_samples_are_kept_as_asked_and_saved_for_others(tmp_path, instruments):
   np.testing.assert_array_equal(saved[2], saved[0][:3])
 
 
+def test_too_few_samples_for_the_features_are_said_beforehand(instruments, caplog):
+  with caplog.at_level("WARNING"):
+    instruments.check(7)
+    assert not caplog.records
+    instruments.check(6)
+  assert "fid of 6 samples through 6 features" in caplog.text
+
+
 # --- protocols ------------------------------------------------------------------------
 
 
