@@ -28,6 +28,7 @@ from elit_jax import (
   measure,
   memory,
   optim,
+  preemption,
   roofline,
   sample,
 )
@@ -336,15 +337,16 @@ class Evaluations:
     self._view = evaluator.View(decoder, instruments)
     self._rows = evaluator.plain_rows(config, model, config.sample.steps)
     jobs = evaluator.samplers(config, model, self._rows, mesh)
-    self._programs = {form: job() for form, job in jobs.items()}
+    done = Progress("compile", len(jobs)).update
+    self._programs = preemption.side_by_side(jobs, done)
 
   def reach(self, step: int, averages: Mapping[str, Any], writer: Writer) -> None:
     """Evaluates where `step` asks for it and no evaluation is there; leaves it half
     done if a termination signal came. Writes evaluations/<step>.json.
     """
     path = self._folder / f"{step:07d}.json"
-    if step == 0 or step % self._config.eval.every:
-      return
+    if step == 0 or step % self._config.eval.every or self._programs is None:
+      return  # without programs the run has been told to leave
     if distributed.on_leader(path.exists):
       return
     chunks = self._folder / f"{step:07d}.partial"
