@@ -88,13 +88,15 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
   if same:
     lines += ["", f"All rows: {_said(subjects[0], same)}."]
   for row, subject in zip(rows, subjects, strict=True):
-    if own := [key for key in keys if key not in same]:
+    own = [k for k in keys if k not in same and subject.get(k) is not None]
+    if own:
       lines += ["", f"Row {row['name']}: {_said(subject, own)}."]
   return "\n".join(lines) + "\n"
 
 
 def _said(entries: Mapping[str, Any], keys: Sequence[str]) -> str:
-  return "; ".join(f"{key} {entries.get(key)}" for key in keys)
+  found = {key: entries.get(key) for key in keys}
+  return "; ".join(f"{key} {x}" for key, x in found.items() if x is not None)
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, Any]]:
