@@ -341,18 +341,20 @@ LABELS: Mapping[str, Callable[[int, int, int], np.ndarray]] = {
 # What only the metrics depend on is not among them.
 LEAVES = (
   *sample.SAMPLING_LEAVES,
-  *("eval.count", "eval.seed", "eval.labels", "subject", "features", "data.shape"),
+  *("eval.count", "eval.seed", "eval.labels", "data.shape"),
+  *("subject", "features", "outputs"),
 )
 
 
 def settings(config: Config, step: int, view: View) -> dict[str, Any]:
   """What an evaluation of a step is made with: the config, and what it cannot say."""
-  features = view.instruments.features if view.instruments else {}
+  tools = view.instruments
   subject = about(step, view)["subject"]
   return config_lib.to_json(config) | {
     "step": step,
     "subject": subject,
-    "features": dict(features),
+    "features": dict(tools.features) if tools else {},
+    "outputs": sorted(tools.widths) if tools else [],  # those of pixels, too
   }
 
 

@@ -42,7 +42,10 @@ def run(config: Config, workdir: pathlib.Path, source: str | None) -> None:
   instruments = measure.instruments(config, mesh, images.shape[1:], opened)
   assert instruments is not None
   distributed.together(functools.partial(instruments.check, len(images)))
-  settings = _source(path, images) | {"features": dict(instruments.features)}
+  settings = _source(path, images) | {
+    "features": dict(instruments.features),
+    "outputs": sorted(instruments.widths),
+  }
   name = f"{files.stem(path.name)}-{protocol.identity({'source': settings['source']})}"
   folder = workdir / "scores" / name
   partial = folder.with_name(f"{folder.name}.partial")

@@ -186,6 +186,18 @@ def test_scores_cut_short_go_on(tmp_path, samples, monkeypatch):
   assert scored(tmp_path / "run")["metrics"] == whole["metrics"]
 
 
+def test_one_more_metric_of_the_pixels_is_seen_in_all_images(
+  tmp_path, samples, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    polls = iter([False] * 97)
+    patch.setattr(preemption, "requested", lambda: next(polls, True))
+    score.run(make_config(), tmp_path / "run", str(samples))
+  more = make_config(eval__metrics=("fid", "is", "saturation"))
+  score.run(more, tmp_path / "run", str(samples))
+  assert scored(tmp_path / "run")["metrics"]["saturation"]["n"] == 100
+
+
 def test_what_is_missing_is_said(tmp_path, samples):
   config = make_config()
   for call, words in (
