@@ -298,10 +298,14 @@ def set_up_logging() -> None:
   """Our progress on screen, one short line each; of libraries only warnings."""
   handler = logging.get_absl_handler()
   handler.setFormatter(stdlogging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-  handler.addFilter(
-    lambda record: record.levelno > stdlogging.INFO or "elit_jax" in record.pathname
-  )
+  handler.addFilter(is_shown)
   logging.set_verbosity(logging.INFO)
+
+
+def is_shown(record: stdlogging.LogRecord) -> bool:
+  """Whether a record is a warning, or ours: libraries may lie below a clone's name."""
+  package = str(pathlib.Path(config_lib.__file__).parent)
+  return record.levelno > stdlogging.INFO or record.pathname.startswith(package + "/")
 
 
 def cli() -> None:

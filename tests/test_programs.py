@@ -1,6 +1,7 @@
 """Compiled programs are kept where the next start of a run finds them."""
 
 import ast
+import logging
 import os
 import pathlib
 import subprocess
@@ -138,3 +139,15 @@ def test_a_tuple_is_written_as_one_would(text, wanted):
   arg = main.as_tuple(f"--config.a={text}", {"config.a": ("x",)})
   assert ast.literal_eval(arg.partition("=")[2]) == wanted
   assert main.as_tuple(f"--config.a={text}", {"config.a": "x"}) == f"--config.a={text}"
+
+
+def test_libraries_are_silent_in_a_clone_of_our_name():
+  def record(path, level=logging.INFO):
+    return logging.LogRecord("absl", level, str(path), 1, "text", None, None)
+
+  package = pathlib.Path(environment.__file__).parent
+  assert main.is_shown(record(package / "data/prepare.py"))
+  library = ".venv/lib/orbax/manager.py"
+  for path in (ROOT / library, f"/home/me/elit_jax/{library}"):
+    assert not main.is_shown(record(path))
+    assert main.is_shown(record(path, logging.WARNING))
