@@ -1,5 +1,6 @@
 """The command line from one end to the other, on one tiny model trained for a step."""
 
+import errno
 import json
 import pathlib
 import re
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import main
 from elit_jax import config as config_lib
-from elit_jax import evaluate, evaluator, logs, preemption, train
+from elit_jax import evaluate, evaluator, files, logs, preemption, train
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, spec
@@ -516,6 +518,25 @@ def test_evaluation_as_training_goes(tiny_run, workdir, monkeypatch):
       assert value["value"] == pytest.approx(b["metrics"][name]["value"], rel=1e-3)
 
 
+def test_one_report_at_a_time_is_made(tiny_run, workdir):
+  with files.only_writer(workdir, "eval."), pytest.raises(ConfigError, match="another"):
+    tiny_run("eval", workdir, ONE)
+  assert not (workdir / "report").exists()
+
+
+def test_a_full_disk_is_a_sentence(monkeypatch, capsys):
+  def full(*arguments, **known):
+    raise OSError(errno.ENOSPC, "No space left on device", "runs/a/x.npz")
+
+  monkeypatch.setattr(main.app, "run", full)
+  with pytest.raises(SystemExit) as end:
+    main.cli()
+  assert end.value.code == 2
+  said = capsys.readouterr().err
+  assert said.startswith("error: cannot write runs/a/x.npz: No space left")
+  assert said.count("\n") == 1
+
+
 def test_a_report_without_a_judge(tiny_run, workdir):
   tiny_run(
     "eval",
@@ -536,7 +557,7 @@ def test_a_report_without_a_judge(tiny_run, workdir):
 
 def test_guided_rows_need_what_the_model_was_trained_with(workdir):
   """The label dropout of the run counts, not that of the config at hand."""
-  from elit_jax import files, sample
+  from elit_jax import sample
 
   config = tiny_config()
   model = config_lib.build_model(config)

@@ -10,6 +10,7 @@ import pytest
 from elit_jax import config as config_lib
 from elit_jax import evaluator, measure, preemption, sharding
 from elit_jax.data.sources import digits
+from elit_jax.errors import ConfigError
 from elit_jax.eval.image_sets import read_images
 from elit_jax.sampling import schedule
 
@@ -217,6 +218,25 @@ def test_too_few_samples_for_the_features_are_said_beforehand(instruments, caplo
     assert not caplog.records
     instruments.check(6)
   assert "fid of 6 samples through 6 features" in caplog.text
+
+
+def test_a_reference_too_few_samples_do_for_is_said_before_one_is_drawn():
+  found = instruments_of(make_config(eval__metrics=("precision",)))
+  found.check(4)
+  with pytest.raises(ConfigError, match="of 3 images: precision needs at least 4"):
+    found.check(3)
+
+
+def test_a_training_set_that_cannot_be_held_is_no_reference(monkeypatch):
+  monkeypatch.setattr(measure, "LARGEST", 1499)
+  with pytest.raises(ConfigError, match="1,500 training images are too many"):
+    instruments_of(make_config())
+
+
+def test_guided_rows_keep_the_interval_of_the_config():
+  config = make_config(guidance__low=0.2, guidance__high=0.7)
+  rows = evaluator.guided_rows(config, model_of(config), 2.0)
+  assert {(r.phase.guidance.low, r.phase.guidance.high) for r in rows} == {(0.2, 0.7)}
 
 
 # --- protocols ------------------------------------------------------------------------

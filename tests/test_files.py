@@ -48,6 +48,21 @@ def test_the_readme_is_whole():
   assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_writers_of_different_parts_do_not_keep_each_other_out(tmp_path):
+  second = files.only_writer(tmp_path, "eval.")
+  with files.only_writer(tmp_path), files.only_writer(tmp_path, "eval."):
+    pytest.raises(ConfigError, second.__enter__).match("is writing to")
+
+
+def test_a_damaged_file_of_arrays_is_named(tmp_path):
+  path = tmp_path / "a.npz"
+  np.savez(path, a=np.arange(1000))
+  np.testing.assert_array_equal(files.load_npz(path)["a"], np.arange(1000))
+  path.write_bytes(path.read_bytes()[:900])
+  with pytest.raises(ConfigError, match=r"a\.npz is cut short or damaged"):
+    files.load_npz(path)
+
+
 # --- pixels ---------------------------------------------------------------------------
 
 
