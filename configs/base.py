@@ -42,6 +42,9 @@ def get_config() -> ConfigDict:
         # linear | cosine | vp | ddpm (DiT's thousand steps, which its presets need)
         "path": "linear",
         "time": "logit_normal",  # uniform | logit_normal
+        # Of those times towards noise: t' = s t / (1 + (s - 1) t). A number (1: none) |
+        # resolution (Qwen-Image's, by the number of tokens).
+        "shift": "1",
         "label_dropout": 0.1,  # share of labels replaced by the null label
       },
       "train": {
@@ -76,11 +79,18 @@ def get_config() -> ConfigDict:
       "sample": {
         "count": 64,  # images
         "batch_size": 32,
+        # Phases written out, such as "20@k4 20@k8, cfg 2 in [0.1, 0.9]" (docs/plans.md);
+        # "": one phase by steps, budgets, reuse and guidance.
+        "plan": "",
         "steps": 40,  # ELIT, sec. 4: 40 Euler steps
         # euler | heun | rk5 (six evaluations a step) | sde FORM NORM | ddpm | ddim ETA;
         # all but the name may be left out, see docs/maths.md. Their authors sample DiT
         # with "ddpm", SiT with "sde sigma", both in 250 steps.
         "solver": "euler",
+        "shift": "1",  # of its grid of times, as flow.shift
+        # TeaCache: an evaluation is replaced by what the last one added, as long as less
+        # than this has changed since then; 0: every evaluation is run.
+        "reuse": 0.0,
         "budgets": ("100%",),
         "classes": (),  # such as (207, 360), drawn in turn; (): all
         # Latents become pictures by this safetensors of data.vae (random:SEED: a
@@ -99,6 +109,16 @@ def get_config() -> ConfigDict:
         "low": 0.0,  # guided at times low <= t <= high, t = 1 is noise
         "high": 1.0,
         "channels": "all",  # all | three: the first three alone, as DiT and SiT sample
+        # Both branches run as: auto | batch (equal budgets) | calls | packed (in one
+        # sequence). The results are equal.
+        "way": "auto",
+      },
+      # Of --mode=plan: what an image may cost, and what is tried to stay within it.
+      "plan": {
+        "target": "",  # such as 12ms | 2.5TF | 40% (of steps at the largest budget)
+        "steps": (),  # numbers of steps; (): a ladder up to sample.steps
+        "segments": 2,  # parts of a run that may have different budgets, at most
+        "reuse": (),  # thresholds of TeaCache, besides 0
       },
       "eval": {
         "draws": 16,  # noise draws for each held-out image; 0: no validation loss
@@ -121,6 +141,8 @@ def get_config() -> ConfigDict:
         # Of --mode=sweep: numbers of steps and guidance scales, besides the above.
         "sweep_steps": (),
         "sweep_scales": (),
+        "sweep_reuse": (),  # thresholds of TeaCache
+        "sweep_seeds": 0,  # seeds of schedules over noise levels; 0: no such rows
       },
       # Of --mode=prepare, which makes the shards that `data` describes, in data.path.
       "prepare": {

@@ -80,6 +80,7 @@ class PrepareConfig:
 class FlowConfig:
   path: str
   time: str
+  shift: str
   label_dropout: float
 
 
@@ -109,8 +110,11 @@ class CheckpointConfig:
 class SampleConfig:
   count: int
   batch_size: int
+  plan: str
   steps: int
   solver: str
+  shift: str
+  reuse: float
   budgets: tuple[str, ...]
   classes: tuple[int, ...]
   decoder: str
@@ -127,6 +131,15 @@ class GuidanceConfig:
   low: float
   high: float
   channels: str
+  way: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+  target: str
+  steps: tuple[int, ...]
+  segments: int
+  reuse: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +158,8 @@ class EvalConfig:
   every: int
   sweep_steps: tuple[int, ...]
   sweep_scales: tuple[float, ...]
+  sweep_reuse: tuple[float, ...]
+  sweep_seeds: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +180,7 @@ class Config:
   checkpoint: CheckpointConfig
   sample: SampleConfig
   guidance: GuidanceConfig
+  plan: PlanConfig
   eval: EvalConfig
   prepare: PrepareConfig
   elit: ElitConfig | None = None

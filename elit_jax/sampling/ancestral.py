@@ -12,8 +12,9 @@ import numpy as np
 
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import Prediction, Process, convert, posterior
-from elit_jax.sampling.guidance import Cache, Predict
+from elit_jax.sampling.guidance import Predict
 from elit_jax.sampling.step import (
+  Carry,
   Coefficients,
   Now,
   Stepper,
@@ -114,11 +115,9 @@ def ddpm(variance: str = "learned", spacing: str = "even") -> Stepper:
       "noise": np.arange(len(t)) < len(t) - 1,
     }
 
-  def step(
-    predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
-  ) -> tuple[Cache, jax.Array]:
-    c = now.coefficients
-    cache, out = predict(cache, x, evaluation(now, 0), cond)
+  def step(predict: Predict, carry: Carry, now: Now, cond: jax.Array) -> Carry:
+    c, x = now.coefficients, carry.x
+    cache, out = predict(carry.cache, x, evaluation(now, 0), cond)
     found, fraction = split(out, x)
     mean = x + c["prediction"] * found + c["x"] * x
     log_var = c["log_small" if variance == "small" else "log_large"]
@@ -126,7 +125,7 @@ def ddpm(variance: str = "learned", spacing: str = "even") -> Stepper:
       weight = (fraction + 1) / 2
       log_var = weight * c["log_large"] + (1 - weight) * c["log_small"]
     std = jnp.where(c["noise"], jnp.exp(log_var / 2), 0.0)
-    return cache, mean + std * now.noise()
+    return Carry(mean + std * now.noise(), carry.state, cache)
 
   return Stepper(
     times=lambda process, steps: _respaced(process, steps, spacing),

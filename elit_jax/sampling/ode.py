@@ -9,6 +9,7 @@ import numpy as np
 from elit_jax.flow.process import Prediction, Process, convert
 from elit_jax.sampling.guidance import Cache, Predict
 from elit_jax.sampling.step import (
+  Carry,
   Coefficients,
   Now,
   Stepper,
@@ -86,17 +87,15 @@ def _velocities(
   return rows
 
 
-def _heun_step(
-  predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
-) -> tuple[Cache, jax.Array]:
-  c = now.coefficients
+def _heun_step(predict: Predict, carry: Carry, now: Now, cond: jax.Array) -> Carry:
+  c, x = now.coefficients, carry.x
   dt = c["dt"]
 
   def velocity(cache: Cache, x: jax.Array, index: int) -> tuple[Cache, jax.Array]:
     cache, out = predict(cache, x, evaluation(now, index), cond)
     return cache, c["prediction"][index] * split(out, x)[0] + c["x"][index] * x
 
-  cache, v = velocity(cache, x, 0)
+  cache, v = velocity(carry.cache, x, 0)
 
   def corrected(cache: Cache) -> tuple[Cache, jax.Array]:
     cache, v_next = velocity(cache, x + dt * v, 1)
@@ -105,7 +104,8 @@ def _heun_step(
   def plain(cache: Cache) -> tuple[Cache, jax.Array]:
     return cache, x + dt * v
 
-  return jax.lax.cond(c["correct"], corrected, plain, cache)
+  cache, x = jax.lax.cond(c["correct"], corrected, plain, cache)
+  return Carry(x, carry.state, cache)
 
 
 HEUN = Stepper(
@@ -134,16 +134,14 @@ def runge_kutta(tableau: Tableau) -> Stepper:
     rows = _velocities(process, prediction, evaluated, runs(len(evaluated)))
     return rows | {"dt": np.diff(times)}
 
-  def step(
-    predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
-  ) -> tuple[Cache, jax.Array]:
-    c = now.coefficients
+  def step(predict: Predict, carry: Carry, now: Now, cond: jax.Array) -> Carry:
+    c, x = now.coefficients, carry.x
 
     def moved(row: jax.Array, velocities: jax.Array) -> jax.Array:
       return x + c["dt"] * jnp.tensordot(row, velocities, 1)
 
-    def stage(carry: tuple, given: tuple) -> tuple[tuple, None]:
-      cache, velocities = carry
+    def stage(so_far: tuple, given: tuple) -> tuple[tuple, None]:
+      cache, velocities = so_far
       index, row, at, of_prediction, of_x = given
       x_e = moved(row, velocities)
       cache, out = predict(cache, x_e, at, cond)
@@ -157,9 +155,10 @@ def runge_kutta(tableau: Tableau) -> Stepper:
       c["prediction"],
       c["x"],
     )
-    start = (cache, jnp.zeros((count, *x.shape), x.dtype))
+    start = (carry.cache, jnp.zeros((count, *x.shape), x.dtype))
     (cache, velocities), _ = jax.lax.scan(stage, start, given)
-    return cache, moved(jnp.asarray(weights[-1]), velocities)
+    x_next = moved(jnp.asarray(weights[-1]), velocities)
+    return Carry(x_next, carry.state, cache)
 
   return Stepper(
     uniform, coefficients, step, lambda times: _stages(tableau, times), runs

@@ -9,6 +9,10 @@ import numpy as np
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 
+LABELS = ("null", "same")
+CHANNELS = ("all", "three")
+WAYS = ("auto", "batch", "calls", "packed")
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -16,8 +20,13 @@ class Guidance:
 
   The weak branch has the null label (CFG), a smaller budget (AutoGuidance with label
   "same"), or both (cheap CFG). budget None means the strong branch's. t = 1 is noise.
+  Scale 1 is the strong branch alone; below 1 it leans towards the weak one.
   channels: of the prediction; "three" guides the first three, as DiT and SiT sample.
   What is not guided, a learned variance among it, is the strong branch's.
+  way: how both branches are run, with equal results. "batch": as one of twice the size,
+  at equal budgets; "calls": one after the other; "packed": as one sequence in the core;
+  "auto": with one label, the head once and two cores; else "batch" where budgets are
+  equal, and "calls".
   """
 
   scale: float
@@ -26,22 +35,27 @@ class Guidance:
   low: float = 0.0
   high: float = 1.0
   channels: Literal["all", "three"] = "all"
+  way: Literal["auto", "batch", "calls", "packed"] = "auto"
 
   def __post_init__(self) -> None:
-    if not 1 <= self.scale < math.inf:
+    if not 0 <= self.scale < math.inf:
       raise ConfigError(
-        f"guidance scale {self.scale} must be at least 1, and finite; 1: no guidance"
+        f"guidance scale {self.scale} must be at least 0, and finite; 1: no guidance"
       )
-    if self.label not in ("null", "same"):
+    if self.label not in LABELS:
       raise ConfigError(f"weak label is 'null' or 'same', not {self.label!r}")
-    if self.channels not in ("all", "three"):
+    if self.channels not in CHANNELS:
       raise ConfigError(f"guided channels are 'all' or 'three', not {self.channels!r}")
+    if self.way not in WAYS:
+      raise ConfigError(
+        f"guidance is run by {', '.join(map(repr, WAYS))}, not {self.way!r}"
+      )
     if not 0 <= self.low <= self.high <= 1:
       raise ConfigError(
         f"guidance interval [{self.low}, {self.high}] is not one: "
         "it must satisfy 0 <= low <= high <= 1"
       )
-    if self.label == "same" and self.budget is None and self.scale > 1:
+    if self.label == "same" and self.budget is None and self.scale != 1:
       raise ConfigError(
         "guidance by the same label and budget guides with itself: "
         "give the weak branch the null label or a smaller budget"
@@ -49,16 +63,42 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class Reuse:
+  """What an evaluation may take from the one before, as `caching` has it.
+
+  threshold: how much may have changed since the last evaluation that was run; 0 reuses
+  nothing. policy: a name in `caching.POLICIES`.
+  """
+
+  threshold: float
+  policy: str = "teacache"
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.threshold < math.inf:
+      raise ConfigError(
+        f"reuse threshold {self.threshold} must be at least 0, and finite; 0: nothing "
+        "is reused"
+      )
+
+
+@dataclass(frozen=True)
 class Phase:
-  """`steps` solver steps at one budget under one guidance."""
+  """`steps` solver steps at one budget under one guidance and one rule of reuse."""
 
   steps: int
   budget: Budget
   guidance: Guidance | None = None
+  reuse: Reuse | None = None
 
   def __post_init__(self) -> None:
     if self.steps < 1:
       raise ConfigError(f"a phase needs at least one step, not {self.steps}")
+    guide = self.guidance
+    if guide and guide.way == "batch" and self.weak_budget != self.budget:
+      raise ConfigError(
+        f"budgets {self.budget} and {self.weak_budget} have no batch in common: "
+        "run their guidance by 'auto', 'calls' or 'packed'"
+      )
 
   @property
   def weak_budget(self) -> Budget:
@@ -71,7 +111,7 @@ Plan = tuple[Phase, ...]
 
 
 def guided_at(guidance: Guidance | None, t: np.ndarray) -> np.ndarray:
-  """Which evaluations are guided: scale > 1 and low <= t <= high, in float64."""
+  """Which evaluations are guided: scale not 1 and low <= t <= high, in float64."""
   if guidance is None or guidance.scale == 1:
     return np.zeros(t.shape, bool)
   return (guidance.low <= t) & (t <= guidance.high)

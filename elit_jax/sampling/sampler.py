@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from elit_jax.budget import Budget
 from elit_jax.flow.process import Prediction, Process
 from elit_jax.sampling.guidance import (
-  Cache,
   Null,
   Predict,
   guided,
@@ -18,7 +17,7 @@ from elit_jax.sampling.guidance import (
 )
 from elit_jax.sampling.plan import Plan
 from elit_jax.sampling.schedule import Form, Schedule, forms_of, schedules
-from elit_jax.sampling.step import Now, Stepper
+from elit_jax.sampling.step import Carry, Now, Stepper
 
 Network = Callable[[Budget], Predict]
 Noise = Callable[[jax.Array], jax.Array]
@@ -94,16 +93,16 @@ def _loop(
   noise: Noise,
   schedule: Schedule,
 ) -> jax.Array:
-  def body(i: jax.Array, carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
+  def body(i: jax.Array, carry: Carry) -> Carry:
     at, coefficients, step = jax.tree.map(
       lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), schedule[:3]
     )
     now = Now(at, coefficients, lambda: noise(step))
-    return stepper.step(predict, *carry, now, cond)
+    return stepper.step(predict, carry, now, cond)
 
   # A scan where the number of steps is known to the program.
-  _, x = jax.lax.fori_loop(0, schedule.live, body, ((), x))
-  return x
+  start = Carry(x, stepper.init(x))
+  return jax.lax.fori_loop(0, schedule.live, body, start).x
 
 
 def initial_noise(

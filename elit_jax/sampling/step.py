@@ -24,7 +24,24 @@ class Now(NamedTuple):
   noise: Callable[[], jax.Array]
 
 
-Step = Callable[[Predict, Cache, jax.Array, Now, jax.Array], tuple[Cache, jax.Array]]
+State = Any  # what a solver remembers of earlier steps, every leaf (B, ...)
+
+
+class Carry(NamedTuple):
+  """What goes from step to step: x (B, ..., C), the solver's state, the cache."""
+
+  x: jax.Array
+  state: State = ()
+  cache: Cache = ()
+
+
+# (the network, what the last step left, what this one is told, condition (B, ...))
+Step = Callable[[Predict, Carry, Now, jax.Array], Carry]
+
+
+def nothing(x: jax.Array) -> State:
+  """The state of a solver that remembers nothing."""
+  return ()
 
 
 def one_evaluation(times: np.ndarray) -> np.ndarray:
@@ -43,8 +60,8 @@ class Stepper(NamedTuple):
   times(process, steps): the steps + 1 grid times. coefficients(process, prediction,
   times): arrays with one row a step. step: one step of it. evaluated(times): times
   (steps, E) at which the network is evaluated. runs(steps): which of them are
-  (steps, E), for the price. Both functions of the process raise ConfigError where the
-  solver means nothing.
+  (steps, E), for the price. init(x): its state before the first step. Both functions of
+  the process raise ConfigError where the solver means nothing.
   """
 
   times: Callable[[Process, int], np.ndarray]
@@ -52,6 +69,7 @@ class Stepper(NamedTuple):
   step: Step
   evaluated: Callable[[np.ndarray], np.ndarray] = one_evaluation
   runs: Callable[[int], np.ndarray] = always
+  init: Callable[[jax.Array], State] = nothing
 
 
 def evaluation(now: Now, index: int) -> At:
@@ -65,21 +83,19 @@ def split(out: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return out[..., :channels], out[..., channels:]
 
 
-def linear_step(
-  predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
-) -> tuple[Cache, jax.Array]:
+def linear_step(predict: Predict, carry: Carry, now: Now, cond: jax.Array) -> Carry:
   """x plus multiples of the prediction and of x, from one evaluation."""
-  c = now.coefficients
-  cache, out = predict(cache, x, evaluation(now, 0), cond)
-  return cache, x + c["prediction"] * split(out, x)[0] + c["x"] * x
+  c, x = now.coefficients, carry.x
+  cache, out = predict(carry.cache, x, evaluation(now, 0), cond)
+  x = x + c["prediction"] * split(out, x)[0] + c["x"] * x
+  return Carry(x, carry.state, cache)
 
 
-def noisy_step(
-  predict: Predict, cache: Cache, x: jax.Array, now: Now, cond: jax.Array
-) -> tuple[Cache, jax.Array]:
+def noisy_step(predict: Predict, carry: Carry, now: Now, cond: jax.Array) -> Carry:
   """The same plus a multiple of fresh noise."""
-  cache, x = linear_step(predict, cache, x, now, cond)
-  return cache, x + now.coefficients["noise"] * now.noise()
+  carry = linear_step(predict, carry, now, cond)
+  noise = now.coefficients["noise"] * now.noise()
+  return carry._replace(x=carry.x + noise)
 
 
 def uniform(process: Process, steps: int) -> np.ndarray:
