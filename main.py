@@ -40,7 +40,7 @@ KINDS = {
   dict: "a dict",
 }
 MODES = (
-  *("train", "sample", "eval", "sweep", "score", "statistics", "compare"),
+  *("train", "sample", "eval", "sweep", "plan", "score", "statistics", "compare"),
   *("prepare", "import", "export", "describe", "doctor"),
 )
 
@@ -63,6 +63,9 @@ TARGET = flags.DEFINE_string(
   None,
   "export: a new .safetensors or .pt file. statistics: a new .npz file.",
 )
+EVALUATE = flags.DEFINE_bool(
+  "evaluate", False, "plan: measure the quality of plans on the frontier."
+)
 DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, float16 or bfloat16.")
 
 # The flags that only some modes read, and these modes.
@@ -73,6 +76,7 @@ MODES_OF = {
   "graft": ("import",),
   "target": ("export", "statistics"),
   "dtype": ("export",),
+  "evaluate": ("plan",),
 }
 
 
@@ -96,6 +100,7 @@ def main(argv: list[str]) -> None:
     from elit_jax import describe
 
     description = describe.describe(config, BUDGETS.value)
+    description["plans"] = _plans(config)
     print(json.dumps(description) if JSON.value else describe.table(description))
     return
   workdir = pathlib.Path(WORKDIR.value).expanduser() if WORKDIR.value else None
@@ -109,6 +114,18 @@ def main(argv: list[str]) -> None:
   if not distributed.is_leader():
     logging.set_verbosity(logging.WARNING)  # one screen, one voice
   _run(config, workdir)
+
+
+def _plans(config: config_lib.Config) -> list[dict[str, Any]]:
+  """Every phase of config.sample.plan with its price; in ms, where --workdir knows."""
+  from elit_jax import describe, planning
+
+  if not config.sample.plan:
+    return []
+  if WORKDIR.value is None:
+    return describe.plans(config)
+  workdir = pathlib.Path(WORKDIR.value).expanduser()
+  return describe.plans(config, *planning.what_is_known(config, workdir))
 
 
 def _check_flags_of_mode() -> None:
@@ -145,7 +162,7 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
 
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  from elit_jax import evaluate, exchange, sample, score, train
+  from elit_jax import evaluate, exchange, planning, sample, score, train
   from elit_jax.data import prepare
 
   preemption.install()
@@ -155,6 +172,7 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     "sample": sample.run,
     "eval": evaluate.run,
     "sweep": evaluate.sweep,
+    "plan": functools.partial(planning.run, evaluated=EVALUATE.value),
     "score": functools.partial(score.run, source=SOURCE.value),
     "statistics": functools.partial(
       score.run_statistics, source=SOURCE.value, target=TARGET.value
@@ -168,7 +186,8 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     ),
   }
   # Others may train in the workdir meanwhile, but not make the same report.
-  own = MODE.value in ("eval", "sweep", "score", "statistics") and workdir.is_dir()
+  reports = ("eval", "sweep", "plan", "score", "statistics")
+  own = MODE.value in reports and workdir.is_dir()
   alone = files.only_writer(workdir, f"{MODE.value}.") if own else nullcontext()
   with distributed.held_by_leader(alone):
     run[MODE.value](config, workdir)
@@ -287,7 +306,7 @@ def read_config(text: str) -> ConfigDict:
 def _refusal(text: str, leaves: dict[str, Any]) -> str:
   """What absl says of a flag, in our words where its value has the wrong type."""
   match = REFUSED.match(text)
-  examples = leaves | {"json": False, "graft": False}
+  examples = leaves | {"json": False, "graft": False, "evaluate": False}
   if match is None or type(examples.get(match[1])) not in KINDS:
     return " ".join(text.split())
   name, value, example = match[1], match[2], examples[match[1]]

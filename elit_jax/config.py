@@ -27,6 +27,7 @@ from elit_jax.flow.times import time_sampler
 from elit_jax.models import elastic, presets, spec, stages
 from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
+from elit_jax.sampling import search
 from elit_jax.sampling.plan import Guidance, Phase, Plan
 from elit_jax.sampling.steppers import stepper
 
@@ -240,6 +241,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (("eval.count",), lambda x: x >= 2, "be at least 2"),
   (("eval.bootstrap",), lambda x: x == 0 or x >= 2, "be 0 (no errors) or at least 2"),
   (("eval.guidance_scale",), lambda x: 1 <= x < math.inf, "be at least 1, and finite"),
+  (("plan.segments",), lambda x: 1 <= x <= 4, "lie in [1, 4]"),
   # jax drops all higher bits: other seeds would be equal ones in disguise.
   (("seed", "sample.seed", "eval.seed"), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),
 )
@@ -278,6 +280,7 @@ def check(config: Config) -> None:
   objective(config, model, lambda label: label)
   check_solver(config, model)
   check_evaluation(config, model)
+  check_planning(config, model)
 
 
 def check_evaluation(config: Config, model: spec.Model) -> None:
@@ -313,6 +316,20 @@ def check_evaluation(config: Config, model: spec.Model) -> None:
     if not 1 <= scale < math.inf:
       raise ConfigError(
         f"config.eval.sweep_scales has {scale}: want at least 1, and finite"
+      )
+
+
+def check_planning(config: Config, model: spec.Model) -> None:
+  """Raises ConfigError for what `plan` asks wrongly."""
+  search.target(config.plan.target)
+  for steps in config.plan.steps:
+    if steps < 1:
+      raise ConfigError(f"config.plan.steps has {steps}: want at least 1")
+    check_steps(config, model, steps)
+  for threshold in config.plan.reuse:
+    if not 0 <= threshold < math.inf:
+      raise ConfigError(
+        f"config.plan.reuse has {threshold}: a threshold is at least 0, and finite"
       )
 
 
@@ -433,6 +450,12 @@ def check_solver(config: Config, model: spec.Model) -> None:
   path, solver = process(config.flow.path), stepper(config.sample.solver)
   times = solver.times(path, config.sample.steps)
   solver.coefficients(path, model.prediction, times)
+
+
+def check_steps(config: Config, model: spec.Model, steps: int) -> None:
+  """Raises ConfigError if the solver cannot sample in so many steps."""
+  settings = dataclasses.replace(config.sample, steps=steps)
+  check_solver(dataclasses.replace(config, sample=settings), model)
 
 
 def guidance(config: Config, model: spec.Model) -> Guidance | None:

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -186,9 +186,9 @@ class Quality(NamedTuple):
 
 
 def monotone(
-  gaps: Mapping[Budget, Sequence[float]], rising: Sequence[Budget]
+  gaps: Mapping[Budget, Any], rising: Sequence[Budget]
 ) -> dict[Budget, np.ndarray]:
-  """Gaps by budget (cheapest first) without what noise alone can have made of them."""
+  """Gaps (L,) by budget, cheapest first, without what noise alone can have made."""
   falling = rising[::-1]
   rows = [np.maximum(np.asarray(gaps[budget], np.float64), 0) for budget in falling]
   return dict(zip(falling, np.maximum.accumulate(rows), strict=True))
