@@ -67,9 +67,9 @@ def listed_of(config: config_lib.Config, table: bool = True):
 
 
 def test_the_frontier_within_a_target_and_its_best():
-  whole, rows, _ = listed_of(make_config())
+  _, rows, _ = listed_of(make_config())
   assert len(rows) > 4
-  listed, within, _ = listed_of(make_config(plan__target="9ms"))
+  _, within, _ = listed_of(make_config(plan__target="9ms"))
   assert within == [
     {**row, "recommended": row is best}
     for best in [[row for row in rows if row["ms"] <= 9][-1]]
