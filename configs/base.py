@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
         "dtype": "float32",  # as stored: float32 | float16 (latents) | uint8 (pixels)
       },
       # What a training step may cost, drawn anew each step (DESIGN: "k4" latents a
-      # group, "n64" an image, "25%" of all); weights () means uniform.
+      # group, "n64" an image, "25%" of all). "50% in [0.5, 1]": at those times alone,
+      # docs/plans.md. Weights () means uniform; with intervals, the share of times in
+      # each.
       "budgets": ("100%",),
       "budget_weights": (),
       "flow": {
@@ -103,7 +105,7 @@ def get_config() -> ConfigDict:
         "seed": 0,
       },
       "guidance": {
-        "scale": 1.0,  # 1: none
+        "scale": 1.0,  # 1: none; 0 to 1: between the weak branch and the strong one
         "label": "null",  # of the weak branch: null (CFG, CCFG) | same (AutoGuidance)
         "budget": "",  # of the weak branch; "": that of the strong one
         "low": 0.0,  # guided at times low <= t <= high, t = 1 is noise
