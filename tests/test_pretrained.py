@@ -75,7 +75,7 @@ def test_the_price_is_known_before(model):
     ({"classes": [-1]}, "class -1"),
     ({"classes": [1], "budget": "k77"}, "77"),
     ({"classes": [1], "budget": 5}, "5"),
-    ({"classes": [1], "guidance": 0.5}, "guidance scale 0.5 must be at least 1"),
+    ({"classes": [1], "guidance": -0.5}, "guidance scale -0.5 must be at least 0"),
     ({"classes": [1], "seed": -1}, r"seed -1 must lie in \[0, 2\*\*32\)"),
     ({"classes": [1], "solver": "rk9"}, "rk9"),
     ({"classes": [1], "steps": -2}, "at least one step"),
