@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from elit_jax import config as config_lib
-from elit_jax import latency, memory, plan_table, sharding, trees
+from elit_jax import memory, plan_table, sharding, trees
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
@@ -16,7 +16,7 @@ from elit_jax.sampling import grammar
 from elit_jax.sampling.caching import Meter
 from elit_jax.sampling.cost import phase_costs
 from elit_jax.sampling.schedule import decide
-from elit_jax.sampling.steppers import stepper
+from elit_jax.sampling.search import Tariff
 
 # Parts of the parameters that are not stages of the trunk.
 EMBED = ("patch", "time", "label")
@@ -30,10 +30,10 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
   """
   model = config_lib.build_model(config)
   shape = config.data.shape
-  texts = list(budgets or config.budgets)
-  parsed = [spec.budget_for(model, shape, text) for text in texts]
+  parsed = [spec.budget_for(model, shape, text) for text in budgets]
   if len(set(parsed)) < len(parsed):
-    raise ConfigError(f"budgets {', '.join(texts)} name a budget twice")
+    raise ConfigError(f"budgets {', '.join(budgets)} name a budget twice")
+  parsed = parsed or list(config_lib.budgets(config, model))
   columns = {str(budget): spec.costs(model, shape, budget) for budget in parsed}
   counts = denoiser.parameter_counts(model, shape)
   fixed = counts.pop("position_table")
@@ -75,18 +75,17 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
 def plans(
   config: Config,
   meter: Meter | None = None,
-  table: latency.Table | None = None,
-  reason: str = "ms are those of a --workdir in which --mode=plan measured them",
+  tariff: Tariff | None = None,
+  reason: str = "give the --workdir in which --mode=plan measured latency",
 ) -> list[dict[str, Any]]:
   """Every phase of the config's plans with its price for one sample.
 
-  meter: needed where evaluations are reused. table: in ms; reason: why there is none.
+  meter: needed where evaluations are reused. tariff: in ms; reason: why there is none.
   """
   model = config_lib.build_model(config)
-  solver, path = stepper(config.sample.solver), process(config.flow.path)
+  solver, path = config_lib.solver(config, model), process(config.flow.path)
   parts = functools.partial(spec.parts, model, config.data.shape)
   tokens = functools.partial(spec.core_tokens, model, config.data.shape)
-  tariff = table.tariff() if table else None
   found = []
   for plan in config_lib.plans(config, model):
     decided = decide(plan, solver, path, meter)
@@ -97,7 +96,7 @@ def plans(
         "plan": grammar.written(plan),
         "phases": rows,
         "total": plan_table.total(rows),
-        "no_ms": "" if table else reason,
+        "no_ms": "" if tariff else reason,
       }
     )
   return found
@@ -155,14 +154,10 @@ def table(description: dict[str, Any]) -> str:
   specs = [f"  {s['stage']}: {s['spec']}" for s in description["stages"]]
   pieces = [budgets[i : i + COLUMNS] for i in range(0, len(budgets), COLUMNS)]
   tables = [_columns(description, piece) for piece in pieces]
-  priced = [
-    "\n".join(
-      [plan_table.text(plan["plan"], plan["phases"]), plan["no_ms"]]
-      if plan["no_ms"]
-      else [plan_table.text(plan["plan"], plan["phases"])]
-    )
-    for plan in description.get("plans", ())
-  ]
+  priced = []
+  for plan in description.get("plans", ()):
+    priced.append(plan_table.text(plan["plan"], plan["phases"]))
+    priced += [f"no ms: {plan['no_ms']}"] if plan["no_ms"] else []
   return "\n".join([title, *specs, *tables, *priced, _placement(description)])
 
 

@@ -116,7 +116,7 @@ def usable_steps(config: Config, model: spec.Model) -> tuple[int, ...]:
   found = []
   for steps in search.steps_ladder(config.sample.steps):
     try:
-      config_lib.check_steps(config, model, steps)
+      config_lib.check_steps(steps, config, model)
     except ConfigError:
       continue
     found.append(steps)
@@ -310,7 +310,7 @@ def latencies(
 
 def what_is_known(
   config: Config, workdir: pathlib.Path
-) -> tuple[Meter | None, latency.Table | None, str]:
+) -> tuple[Meter | None, search.Tariff | None, str]:
   """What prices the plans of a config beyond FLOPs: a meter, where they reuse anything,
   and the latency of this machine, or why there is none.
   """
@@ -327,7 +327,8 @@ def what_is_known(
   }
   path, identity = workdir / latency.FILE, latency.identity(config, mesh)
   try:
-    return meter, latency.load(path, identity, sorted(budgets, key=str)), ""
+    table = latency.load(path, identity, sorted(budgets, key=str))
+    return meter, table.tariff(), ""
   except ConfigError as error:
     return meter, None, str(error)
 
