@@ -124,7 +124,7 @@ class Evaluation(Protocol):
   """What a policy is told of an evaluation: whether it is run, a scalar bool."""
 
   @property
-  def run(self) -> jax.Array: ...
+  def run(self) -> jax.Array | bool: ...
 
 
 class Policy(NamedTuple):
