@@ -83,11 +83,13 @@ def get_config() -> ConfigDict:
         # "": one phase by steps, budgets, reuse and guidance.
         "plan": "",
         "steps": 40,  # ELIT, sec. 4: 40 Euler steps
-        # euler | heun | rk5 (six evaluations a step) | sde FORM NORM | ddpm | ddim ETA;
-        # all but the name may be left out, see docs/maths.md. Their authors sample DiT
-        # with "ddpm", SiT with "sde sigma", both in 250 steps.
+        # euler | heun | rk5 (six evaluations a step) | dpm++ | sde FORM NORM | ddpm |
+        # ddim ETA; all but the name may be left out, see docs/maths.md. Their authors
+        # sample DiT with "ddpm", SiT with "sde sigma", both in 250 steps.
         "solver": "euler",
-        "shift": "1",  # of its grid of times, as flow.shift
+        # Of its grid of times, as flow.shift; the last time before the end may follow
+        # (Qwen-Image: resolution 0.02), to which all others are stretched.
+        "shift": "1",
         # TeaCache: an evaluation is replaced by what the last one added, as long as less
         # than this has changed since then; 0: every evaluation is run.
         "reuse": 0.0,

@@ -23,11 +23,13 @@ from elit_jax.eval import features, metrics
 from elit_jax.flow.matching import FlowMatching, Null
 from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
+from elit_jax.flow.shift import scale_of
 from elit_jax.flow.times import time_sampler
 from elit_jax.models import elastic, presets, spec, stages
 from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
 from elit_jax.sampling.plan import Guidance, Phase, Plan
+from elit_jax.sampling.step import Stepper
 from elit_jax.sampling.steppers import stepper
 
 
@@ -423,16 +425,27 @@ def profiled_steps(config: Config) -> range:
 def objective(config: Config, model: spec.Model, null: Null) -> FlowMatching:
   """What the model is trained with; `null` turns labels into the null label."""
   flow, learns = config.flow, spec.learns_variance(model)
+  shift = scale_of(flow.shift, tokens(config, model), "flow.shift")
   return make_objective(
-    flow.path, flow.time, flow.label_dropout, null, model.prediction, learns
+    flow.path, flow.time, flow.label_dropout, null, model.prediction, learns, shift
   )
+
+
+def tokens(config: Config, model: spec.Model) -> int:
+  """Of one sample, by which "resolution" shifts times."""
+  return math.prod(spec.grid_of(model, config.data.shape))
+
+
+def solver(config: Config, model: spec.Model) -> Stepper:
+  """What samples are drawn with, on its grid of times as the config shifts it."""
+  return stepper(config.sample.solver, config.sample.shift, tokens(config, model))
 
 
 def check_solver(config: Config, model: spec.Model) -> None:
   """Raises ConfigError if the solver cannot sample this path in so many steps."""
-  path, solver = process(config.flow.path), stepper(config.sample.solver)
-  times = solver.times(path, config.sample.steps)
-  solver.coefficients(path, model.prediction, times)
+  path, made = process(config.flow.path), solver(config, model)
+  times = made.times(path, config.sample.steps)
+  made.coefficients(path, model.prediction, times)
 
 
 def guidance(config: Config, model: spec.Model) -> Guidance | None:

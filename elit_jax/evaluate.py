@@ -111,7 +111,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   jobs: dict[Any, Callable] = {
     b: functools.partial(compile_loss, config, model, b, bench.mesh) for b in budgets
   }
-  jobs |= evaluator.samplers(config, model, rows, bench.mesh)
+  made = sample.from_config(config, model, bench.mesh)
+  jobs |= made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   if programs is None:
     logging.info(LEAVING)
@@ -140,7 +141,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     quality = judged.quality(drawn.images(), drawn.labels) if judged else {}
     return quality | (loss_figures(drawn.row, loss_IR) if loss_IR else {})
 
-  table = draw(bench, rows, programs, folder, config.eval.count, take)
+  draw = made.drawer(programs)
+  table = draw_rows(bench, rows, draw, folder, config.eval.count, take)
   # Every process has a table, though only that of process 0 has rows.
   real = real_images(bench, held_out) if held_out and table is not None else {}
   if table is None or real is None:
@@ -200,9 +202,10 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   config, model = bench.config, bench.model
   folder = begin(bench, workdir / "sweep")
   rows = evaluator.sweep_rows(config, model)
-  jobs = evaluator.samplers(config, model, rows, bench.mesh)
+  made = sample.from_config(config, model, bench.mesh)
+  jobs = made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
-  table = draw(bench, rows, programs, folder) if programs else None
+  table = draw_rows(bench, rows, made.drawer(programs), folder) if programs else None
   if table is None:
     logging.info(LEAVING)
     return
@@ -237,10 +240,10 @@ def replace(folder: pathlib.Path, report: pathlib.Path) -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
-def draw(
+def draw_rows(
   bench: Bench,
   rows: Sequence[Row],
-  programs: Mapping[Any, Callable],
+  draw: sample.Draw,
   folder: pathlib.Path,
   keep: int = 0,
   take: Callable[[Drawn], dict[str, Any]] = lambda drawn: {},
@@ -250,7 +253,7 @@ def draw(
     bench.config,
     bench.model,
     rows,
-    programs,
+    draw,
     bench.view,
     bench.params,
     folder / "chunks",

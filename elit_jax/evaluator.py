@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 
 from elit_jax import autoencoder, distributed, environment, files, preemption, sample
 from elit_jax import config as config_lib
@@ -27,14 +26,11 @@ from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.measure import Instruments
 from elit_jax.models import denoiser, spec
-from elit_jax.sampling import schedule
 from elit_jax.sampling.cost import plan_cost
 from elit_jax.sampling.plan import Guidance, Phase, Plan
 from elit_jax.sampling.steppers import stepper
 
 Features = dict[str, np.ndarray]
-# (parameters, seed, index (n,), labels (n,)) to samples (n, ...) on the host.
-Draw = Callable[[Any, int, np.ndarray, np.ndarray], np.ndarray]
 TIMED = 3  # batches, at least
 
 
@@ -155,47 +151,6 @@ def sweep_rows(config: Config, model: spec.Model) -> list[Row]:
   return list({row.name: row for row in rows}.values())  # 1.5 and 1.50000001
 
 
-# --- programs -------------------------------------------------------------------------
-
-
-def samplers(
-  config: Config, model: spec.Model, rows: Sequence[Row], mesh: Mesh
-) -> dict[Plan, Callable[[], sample.Draw]]:
-  """How to compile the programs of rows, one for all that differ in numbers alone.
-
-  A program is named by the first of its plans; `program_of` finds that of a row.
-  """
-  return {
-    plans[0]: functools.partial(
-      sample.compile_sweep,
-      model,
-      plans,
-      config.sample.solver,
-      config.flow.path,
-      config.data.shape,
-      config.sample.batch_size,
-      mesh,
-    )
-    for plans in schedule.together(row.plan for row in rows)
-  }
-
-
-def program_of(
-  row: Row, rows: Sequence[Row], programs: Mapping[Any, sample.Draw]
-) -> Draw:
-  """How the samples of a row are drawn, by the programs of `samplers`."""
-  groups = schedule.together(other.plan for other in rows)
-  (first,) = (plans[0] for plans in groups if row.plan in plans)
-  program, plan = programs[first], row.plan
-
-  def draw(
-    params: Any, seed: int, index_n: np.ndarray, label_n: np.ndarray
-  ) -> np.ndarray:
-    return program(params, seed, index_n, label_n, plan)
-
-  return draw
-
-
 # --- samples --------------------------------------------------------------------------
 
 
@@ -256,7 +211,7 @@ class Drawn(NamedTuple):
 def draw_row(
   config: Config,
   row: Row,
-  draw: Draw,
+  draw: sample.Draw,
   view: View,
   params: Any,
   folder: pathlib.Path,
@@ -287,7 +242,7 @@ def draw_row(
     index = np.arange(first, min(first + size, row.count))
     if first in missing:
       with _clock(seconds, "sampling") as start:
-        samples = draw(params, config.eval.seed, index, labels[index])
+        samples = draw(params, config.eval.seed, index, labels[index], row.plan)
       if first and len(index) == size:
         ms.append(1e3 * (seconds["sampling"] - start) / size)
       with _clock(seconds, "decoding"):
@@ -305,7 +260,7 @@ def draw_row(
     again = {"again": 0.0}
     with _clock(again, "again"):
       full = sample.balanced_labels(size, config.model.classes)
-      draw(params, config.eval.seed, np.arange(size), full)
+      draw(params, config.eval.seed, np.arange(size), full, row.plan)
     ms.append(1e3 * again["again"] / size)
   return Drawn(row, chunks, labels, ms, seconds)
 
@@ -362,7 +317,7 @@ def draw_rows(
   config: Config,
   model: spec.Model,
   rows: Sequence[Row],
-  programs: Mapping[Any, Callable],
+  draw: sample.Draw,
   view: View,
   params: Any,
   folder: pathlib.Path,
@@ -373,13 +328,12 @@ def draw_rows(
 ) -> list[dict[str, Any]] | None:
   """The figures of all rows, on process 0; what `take` makes of a row joins its own.
 
-  programs: of `samplers`. step: of the checkpoint. The rest is as of `draw_row`; None
-  if a termination signal came.
+  draw: of a `sample.Sampler`. step: of the checkpoint. The rest is as of `draw_row`;
+  None if a termination signal came.
   """
   table: list[dict[str, Any]] = []
   said = about(step, view)
   for row in rows:
-    draw = program_of(row, rows, programs)
     drawn = draw_row(config, row, draw, view, params, folder, keep, timed)
     if drawn is None:
       return None
@@ -415,7 +369,10 @@ def figures(
   shape, budget = config.data.shape, row.phase.budget
   price = functools.partial(spec.flops, model, shape)
   cost = plan_cost(
-    row.plan, stepper(config.sample.solver), process(config.flow.path), price
+    row.plan,
+    stepper(config.sample.solver),
+    process(config.flow.path),
+    sample.prices(config, model),
   )
   read = spec.find(model, spec.Read)
   counts = denoiser.parameter_counts(model, shape)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from elit_jax import config as config_lib
-from elit_jax import evaluator, measure, preemption, sharding
+from elit_jax import evaluator, measure, preemption, sample, sharding
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
 from elit_jax.eval.image_sets import read_images
@@ -108,8 +108,9 @@ def test_a_sweep_is_a_grid_and_scales_and_few_programs():
     (kind, scale) for kind in ("cfg", "ccfg", "autog") for scale in (1.5, 2.0)
   )
   assert len({row.name for row in rows}) == len(rows)
-  groups = schedule.together(row.plan for row in rows)
-  assert len(groups) == 5  # two budgets, three kinds of guidance
+  made = sample.from_config(config, model_of(config), sharding.make_mesh())
+  forms = schedule.programs(made.decide(row.plan) for row in rows)
+  assert len(forms) == 5  # two budgets, three kinds of guidance
 
 
 # --- labels ---------------------------------------------------------------------------
@@ -146,10 +147,13 @@ def instruments_of(config, devices=None):
 def draw_rows(config, folder, instruments, draw=noise, **more):
   model = model_of(config)
   rows = evaluator.report_rows(config, model)[:2]
-  groups = schedule.together(row.plan for row in rows)
-  programs = {plans[0]: lambda *a: draw(*a[:4]) for plans in groups}
   view = evaluator.View(None, instruments)
-  return evaluator.draw_rows(config, model, rows, programs, view, {}, folder, 7, **more)
+
+  def drawn(params, seed, index, labels, plan):
+    assert any(plan == row.plan for row in rows)
+    return draw(params, seed, index, labels)
+
+  return evaluator.draw_rows(config, model, rows, drawn, view, {}, folder, 7, **more)
 
 
 def values(table):

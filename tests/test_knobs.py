@@ -236,8 +236,8 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
 
     return {budget: fake(budget) for budget in budgets}
 
-  def compile_sampler(fn, model, size, mesh, *numbers):
-    def draw(params, seed, index, label, *numbers):
+  def drawer(self, programs):
+    def draw(params, seed, index, label, plan):
       found.shown.append(params.tolist())
       return np.zeros((len(index), *config.data.shape))
 
@@ -252,7 +252,8 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(train, "warm_up", warm_up)
     patch.setattr(train, "init_state", init_state)
-    patch.setattr(sample, "compile_sampler", compile_sampler)
+    patch.setattr(sample.Sampler, "jobs", lambda *_: {"start": lambda: None})
+    patch.setattr(sample.Sampler, "drawer", drawer)
     patch.setitem(sys.modules, "wandb", found.wandb)
     for name in ("start_trace", "stop_trace"):
       patch.setattr(
