@@ -40,9 +40,12 @@ KINDS = {
   dict: "a dict",
 }
 MODES = (
-  *("train", "sample", "eval", "sweep", "plan", "score", "statistics", "compare"),
+  *("train", "sample", "eval", "sweep", "score", "statistics", "compare"),
+  *("calibrate", "plan"),
   *("prepare", "import", "export", "describe", "doctor"),
 )
+# Others may train in the workdir of these, but not write the same files.
+OWN_LOCK = ("eval", "sweep", "score", "statistics", "calibrate", "plan")
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment: a file in configs/."
@@ -162,7 +165,7 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
 
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  from elit_jax import evaluate, exchange, planning, sample, score, train
+  from elit_jax import calibrate, evaluate, exchange, planning, sample, score, train
   from elit_jax.data import prepare
 
   preemption.install()
@@ -172,6 +175,7 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     "sample": sample.run,
     "eval": evaluate.run,
     "sweep": evaluate.sweep,
+    "calibrate": calibrate.run,
     "plan": functools.partial(planning.run, evaluated=EVALUATE.value),
     "score": functools.partial(score.run, source=SOURCE.value),
     "statistics": functools.partial(
@@ -185,9 +189,7 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
       exchange.run_export, target=TARGET.value, dtype=DTYPE.value
     ),
   }
-  # Others may train in the workdir meanwhile, but not make the same report.
-  reports = ("eval", "sweep", "plan", "score", "statistics")
-  own = MODE.value in reports and workdir.is_dir()
+  own = MODE.value in OWN_LOCK and workdir.is_dir()
   alone = files.only_writer(workdir, f"{MODE.value}.") if own else nullcontext()
   with distributed.held_by_leader(alone):
     run[MODE.value](config, workdir)
