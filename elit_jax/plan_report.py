@@ -41,11 +41,6 @@ class Tried(NamedTuple):
   excess: np.ndarray
 
 
-def command(report: Mapping[str, Any]) -> str:
-  """What samples by the recommended plan, beside --config and --workdir."""
-  return f'--mode=sample --config.sample.plan="{report["recommended"]}"'
-
-
 def _cell(row: Mapping[str, Any], name: str) -> str:
   value = row[name]
   if isinstance(value, str):
@@ -67,7 +62,7 @@ def said(report: Mapping[str, Any]) -> str:
       f"{len(report['plans'])} plans on the frontier{within}, of "
       f"{report['candidates']:,} tried",
       *plan_table.aligned(lines),
-      f"to sample by the plan marked >: {command(report)}",
+      f"to sample by the plan marked >: {report['command']}",
     ]
   )
 
@@ -161,7 +156,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     f"`{usual['plan']}` without a search: {_cell(usual, 'gflops')} GFLOPs, "
     f"{_cell(usual, 'ms')} ms, predicted error {_cell(usual, 'predicted')}.",
     "",
-    f"Recommended: `{command(report)}`",
+    f"Recommended: `{report['command']}`",
   ]
   if report["latency_error"] is not None:
     error = 100 * report["latency_error"]

@@ -436,6 +436,18 @@ def report_of(
       "predicted": float(usual.excess[-1]),
     },
     "recommended": best["plan"],
+    "command": command(config, best["plan"]),
     "latency_error": table.error.get("median_relative_error") if table else None,
     "plans": list(rows),
   }
+
+
+def command(config: Config, plan: str) -> str:
+  """What samples by a plan, beside --config and --workdir.
+
+  What a plan says itself may not be said beside it.
+  """
+  words = ["--mode=sample", f'--config.sample.plan="{plan}"']
+  words += ["--config.guidance.scale=1"] if config.guidance.scale != 1 else []
+  words += ["--config.sample.reuse=0"] if config.sample.reuse else []
+  return " ".join(words)

@@ -46,7 +46,7 @@ def changing(times: np.ndarray) -> np.ndarray:
 
 def make_sampler(config: config_lib.Config, meter=changing) -> sample.Sampler:
   model = config_lib.build_model(config)
-  return sample.from_config(config, model, sharding.make_mesh((1, 1, 1)), meter=meter)
+  return sample.from_config(config, model, sharding.make_mesh(), meter=meter)
 
 
 class FakeClock:
@@ -173,7 +173,7 @@ def test_a_signal_ends_it(monkeypatch):
 
 def saved(folder, **changes) -> tuple:
   config = make_config()
-  identity = latency.identity(config, sharding.make_mesh((1, 1, 1)))
+  identity = latency.identity(config, sharding.make_mesh())
   error = {"median_relative_error": 0.01, "plans": []}
   path = folder / latency.FILE
   latency.save(path, latency.Table(TRUE, identity, error))
@@ -209,7 +209,7 @@ def test_a_stale_table_is_refused_by_name(tmp_path, name):
   ("leaf", "value"),
   [
     ("model__dtype", "bfloat16"),
-    ("model__preset", "SiT-digits/1"),
+    ("elit__window", (4, 4)),
     ("model__attention", "xla"),
     ("elit__head", 2),
     ("sample__batch_size", 16),
@@ -217,8 +217,7 @@ def test_a_stale_table_is_refused_by_name(tmp_path, name):
 )
 def test_another_model_has_another_table(tmp_path, leaf, value):
   path, _ = saved(tmp_path)
-  other = {leaf: value} | ({"elit__window": (4, 4)} if "preset" in leaf else {})
-  identity = latency.identity(make_config(**other), sharding.make_mesh((1, 1, 1)))
+  identity = latency.identity(make_config(**{leaf: value}), sharding.make_mesh())
   with pytest.raises(
     ConfigError, match=leaf.replace("__", ".").removeprefix("sample.")
   ):
@@ -231,7 +230,7 @@ def test_another_model_has_another_table(tmp_path, leaf, value):
 )
 def test_how_it_is_sampled_changes_no_table(tmp_path, leaves):
   path, _ = saved(tmp_path)
-  identity = latency.identity(make_config(**leaves), sharding.make_mesh((1, 1, 1)))
+  identity = latency.identity(make_config(**leaves), sharding.make_mesh())
   assert latency.load(path, identity, BUDGETS).parts == TRUE
 
 
@@ -259,22 +258,21 @@ def test_a_budget_that_was_not_measured_has_no_price():
 # --- a real clock ---------------------------------------------------------------------
 
 
-def test_a_real_sampler_is_measured():
+def test_a_real_sampler_is_measured(monkeypatch):
   """That all programs are there; what they take is told on an idle machine."""
-  config = make_config(sample__batch_size=2)
-  made = make_sampler(config)
-  params = zeros(config)
-  monkey = pytest.MonkeyPatch()
-  with monkey.context() as patch:
-    patch.setattr(latency, "REPEATS", 1)
-    table = latency.measure(made, params, BUDGETS, {})
+  config = make_config(sample__batch_size=8)
+  tried = [(Phase(2, Budget(4)), Phase(2, Budget(1)))]
+  monkeypatch.setattr(latency, "random_plans", lambda *_, **__: tried)
+  monkeypatch.setattr(latency, "LONG", 5)
+  table = latency.measure(make_sampler(config), zeros(config), BUDGETS, {})
   assert set(table.parts) == set(TRUE)
   assert all(np.isfinite(x) and x >= 0 for x in table.parts.values())
+  assert [row["plan"] for row in table.error["plans"]] == ["2@k4 2@k1"]
 
 
 def zeros(config: config_lib.Config):
   shapes = denoiser.abstract_params(config_lib.build_model(config))
-  placed = sharding.place(sharding.make_mesh((1, 1, 1)), shapes)
+  placed = sharding.place(sharding.make_mesh(), shapes)
   return jax.tree.map(
     lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), placed
   )

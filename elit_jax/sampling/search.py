@@ -105,16 +105,10 @@ def aims(
     return (None,)
   if guidance.label == "same":
     return (guidance,)
+  if guidance.way == "batch":  # which different budgets do not have in common
+    return (guidance,)
   weak = (None, *budgets[:-1])  # the largest guides none but itself
-  # A batch in common is for equal budgets alone.
-  return tuple(
-    dataclasses.replace(
-      guidance,
-      budget=budget,
-      way="auto" if budget and guidance.way == "batch" else guidance.way,
-    )
-    for budget in weak
-  )
+  return tuple(dataclasses.replace(guidance, budget=budget) for budget in weak)
 
 
 # --- what it costs --------------------------------------------------------------------
