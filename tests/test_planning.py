@@ -18,7 +18,6 @@ from configs import digits
 from elit_jax import config as config_lib
 from elit_jax import latency, plan_report, planning, preemption, sample, sharding
 from elit_jax.budget import Budget
-from elit_jax.sampling import search
 
 SETTINGS = {"sample.steps": 8, "plan.steps": (2, 4, 8)}
 
