@@ -1,5 +1,7 @@
 """Time shift: its group, published grids, training times, and what is refused."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,7 +133,7 @@ def resolve(**leaves: str) -> config_lib.Config:
 def test_a_config_counts_the_tokens_of_a_sample():
   config = resolve(flow="resolution", sample="resolution 0.02")
   model = config_lib.build_model(config)
-  scale = np.exp(0.5 + (16 - 256) * 0.4 / 7936)  # 8 x 8 pixels, patches of 2 x 2
+  scale = math.exp(0.5 + (16 - 256) * 0.4 / 7936)  # 8 x 8 pixels, patches of 2 x 2
   linear = process.process("linear")
   found = config_lib.solver(config, model).times(linear, 40)
   wanted = stepper("euler", f"{scale!r} 0.02").times(linear, 40)

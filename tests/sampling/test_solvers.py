@@ -36,8 +36,9 @@ def after_last_step(path, form: str, norm: float) -> Moments:
   return Moments(mean.item(), (gain**2 * before.var).item())
 
 
-# Solver, order, and coarse and fine steps, which DDIM's stride allows.
-ODES = [("euler", 1, 25), ("heun", 2, 25), ("ddim", 1, 25), ("dpm++", 1.5, 25)]
+# Solver, order, and coarse and fine steps, which DDIM's stride allows. The order of
+# dpm++ shows in more steps than fp32 resolves: see test_mixture.py.
+ODES = [("euler", 1, 25), ("heun", 2, 25), ("ddim", 1, 25), ("dpm++", 1, 25)]
 
 
 @pytest.mark.parametrize("solver,order,steps", ODES)
