@@ -692,14 +692,12 @@ _COMMA = re.compile(r",(?![^\[]*\])")  # none of "50% in [0.5, 1]"
 
 def _texts(values: Sequence[Any]) -> list[Any]:
   """What a flag gives where texts are wanted: a budget or a decay may be a number, and
-  k1,k4 comes as one text.
+  k1,k4 comes as one text, or as several cut at every comma.
   """
   texts = [str(v) if _is_number(v) else v for v in values]
-  return [
-    part.strip() if isinstance(v, str) else v
-    for v in texts
-    for part in (_COMMA.split(v) if isinstance(v, str) else [v])
-  ]
+  if not texts or not all(isinstance(v, str) for v in texts):
+    return texts
+  return [part.strip() for part in _COMMA.split(",".join(texts))]
 
 
 def _is_number(value: Any) -> bool:
