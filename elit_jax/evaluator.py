@@ -28,7 +28,6 @@ from elit_jax.measure import Instruments
 from elit_jax.models import denoiser, spec
 from elit_jax.sampling.cost import plan_cost
 from elit_jax.sampling.plan import Guidance, Phase, Plan
-from elit_jax.sampling.steppers import stepper
 
 Features = dict[str, np.ndarray]
 TIMED = 3  # batches, at least
@@ -370,7 +369,7 @@ def figures(
   price = functools.partial(spec.flops, model, shape)
   cost = plan_cost(
     row.plan,
-    stepper(config.sample.solver),
+    config_lib.solver(config, model),
     process(config.flow.path),
     sample.prices(config, model),
   )

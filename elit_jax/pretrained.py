@@ -263,7 +263,7 @@ class Trained:
   @property
   def budgets(self) -> tuple[str, ...]:
     """The budgets that the model was trained at, as the config has them."""
-    return self.config.budgets
+    return config_lib.budget_texts(self.config, self.model)
 
   def sample(
     self,

@@ -27,7 +27,6 @@ from elit_jax.sampling.network import Network, Stream
 from elit_jax.sampling.plan import Plan
 from elit_jax.sampling.schedule import Decided, Form, Schedule
 from elit_jax.sampling.step import Carry, Stepper
-from elit_jax.sampling.steppers import stepper
 
 Params = dict[str, Any]
 NAMED_CLASSES = 8  # in the name of a folder, at most
@@ -232,7 +231,7 @@ def from_config(
   """How the config samples, `sample.batch_size` at once unless another is given."""
   return Sampler(
     model,
-    stepper(config.sample.solver),
+    config_lib.solver(config, model),
     process(config.flow.path),
     config.data.shape,
     batch_size or config.sample.batch_size,

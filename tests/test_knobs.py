@@ -39,7 +39,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 90
+MOST_LEAVES = 93
 
 
 class Knob(NamedTuple):
@@ -116,8 +116,10 @@ KNOBS = {
   "checkpoint.keep_every": Knob(50, "training", {"checkpoint.keep": 1}),
   "sample.count": Knob(48, "sampling"),
   "sample.batch_size": Knob(16, "sampling"),
+  "sample.plan": Knob("20@k4 20@k1", "sampling", ELIT),
   "sample.steps": Knob(20, "sampling"),
   "sample.solver": Knob("heun", "sampling"),
+  "sample.reuse": Knob(0.1, "sampling"),
   "sample.budgets": Knob(("k1",), "sampling", ELIT),
   "sample.classes": Knob((3, 1), "sampling"),
   "sample.decoder": Knob("random:1", "sampling", TINY),
@@ -132,6 +134,7 @@ KNOBS = {
   "guidance.channels": Knob(
     "three", "sampling evaluation", GUIDED | {"data.shape": (8, 8, 4)}
   ),
+  "guidance.way": Knob("calls", "sampling", GUIDED),
   "eval.draws": Knob(8, "evaluation"),
   "eval.count": Knob(100, "evaluation"),
   "eval.guidance_scale": Knob(3.0, "evaluation"),

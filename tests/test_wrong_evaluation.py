@@ -221,8 +221,8 @@ CASES = {
   ),
   "no steps": (lambda d: make_config(eval__sweep_steps=(0,)), "sweep_steps has 0"),
   "negative guidance": (
-    lambda d: make_config(eval__sweep_scales=(0.5,)),
-    "sweep_scales has 0.5",
+    lambda d: make_config(eval__sweep_scales=(-0.5,)),
+    "sweep_scales has -0.5",
   ),
   "one replicate": (
     lambda d: make_config(eval__bootstrap=1),
