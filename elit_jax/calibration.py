@@ -75,8 +75,9 @@ def embedding(model: spec.Model, params: Any) -> caching.Embedding:
 
   def embedded(times_n: np.ndarray) -> np.ndarray:
     count = len(times_n)
-    padded = np.resize(times_n, -(-count // CHUNK) * CHUNK).astype(np.float32)
-    chunks = np.split(padded, len(padded) // CHUNK)
+    pieces = max(1, -(-count // CHUNK))
+    padded = np.resize(times_n, pieces * CHUNK).astype(np.float32)
+    chunks = np.split(padded, pieces)
     arrays = [
       jax.make_array_from_callback(chunk.shape, everywhere, chunk.__getitem__)
       for chunk in chunks
