@@ -41,8 +41,11 @@ KINDS = {
 }
 MODES = (
   *("train", "sample", "eval", "sweep", "score", "statistics", "compare"),
+  "calibrate",
   *("prepare", "import", "export", "describe", "doctor"),
 )
+# Others may train in the workdir of these, but not write the same files.
+OWN_LOCK = ("eval", "sweep", "score", "statistics", "calibrate")
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment: a file in configs/."
@@ -145,7 +148,7 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
 
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  from elit_jax import evaluate, exchange, sample, score, train
+  from elit_jax import calibrate, evaluate, exchange, sample, score, train
   from elit_jax.data import prepare
 
   preemption.install()
@@ -155,6 +158,7 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     "sample": sample.run,
     "eval": evaluate.run,
     "sweep": evaluate.sweep,
+    "calibrate": calibrate.run,
     "score": functools.partial(score.run, source=SOURCE.value),
     "statistics": functools.partial(
       score.run_statistics, source=SOURCE.value, target=TARGET.value
@@ -167,8 +171,7 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
       exchange.run_export, target=TARGET.value, dtype=DTYPE.value
     ),
   }
-  # Others may train in the workdir meanwhile, but not make the same report.
-  own = MODE.value in ("eval", "sweep", "score", "statistics") and workdir.is_dir()
+  own = MODE.value in OWN_LOCK and workdir.is_dir()
   alone = files.only_writer(workdir, f"{MODE.value}.") if own else nullcontext()
   with distributed.held_by_leader(alone):
     run[MODE.value](config, workdir)
