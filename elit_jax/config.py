@@ -31,7 +31,7 @@ from elit_jax.flow.times import time_sampler
 from elit_jax.models import elastic, presets, spec, stages
 from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
-from elit_jax.sampling import grammar
+from elit_jax.sampling import grammar, search
 from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
 from elit_jax.sampling.step import Stepper
 from elit_jax.sampling.steppers import stepper
@@ -253,6 +253,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (("eval.count",), lambda x: x >= 2, "be at least 2"),
   (("eval.bootstrap",), lambda x: x == 0 or x >= 2, "be 0 (no errors) or at least 2"),
   (("eval.guidance_scale",), lambda x: 0 <= x < math.inf, "be at least 0, and finite"),
+  (("plan.segments",), lambda x: 1 <= x <= 4, "lie in [1, 4]"),
   # jax drops all higher bits: other seeds would be equal ones in disguise.
   (("seed", "sample.seed", "eval.seed"), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),
 )
@@ -292,8 +293,9 @@ def check(config: Config) -> None:
   check_solver(config, model)
   if config.sample.plan:
     for found in planned:
-      _check_steps(sum(phase.steps for phase in found), config, model)
+      check_steps(sum(phase.steps for phase in found), config, model)
   check_evaluation(config, model)
+  check_planning(config, model)
 
 
 def check_evaluation(config: Config, model: spec.Model) -> None:
@@ -323,11 +325,25 @@ def check_evaluation(config: Config, model: spec.Model) -> None:
   for steps in e.sweep_steps:
     if steps < 1:
       raise ConfigError(f"config.eval.sweep_steps has {steps}: want at least 1")
-    _check_steps(steps, config, model)
+    check_steps(steps, config, model)
   for scale in e.sweep_scales:
     if not 0 <= scale < math.inf:
       raise ConfigError(
         f"config.eval.sweep_scales has {scale}: want at least 0, and finite"
+      )
+
+
+def check_planning(config: Config, model: spec.Model) -> None:
+  """Raises ConfigError for what `plan` asks wrongly."""
+  search.target(config.plan.target)
+  for steps in config.plan.steps:
+    if steps < 1:
+      raise ConfigError(f"config.plan.steps has {steps}: want at least 1")
+    check_steps(steps, config, model)
+  for threshold in config.plan.reuse:
+    if not 0 <= threshold < math.inf:
+      raise ConfigError(
+        f"config.plan.reuse has {threshold}: a threshold is at least 0, and finite"
       )
 
 
@@ -509,7 +525,7 @@ def check_solver(config: Config, model: spec.Model) -> None:
   made.coefficients(path, model.prediction, times)
 
 
-def _check_steps(steps: int, config: Config, model: spec.Model) -> None:
+def check_steps(steps: int, config: Config, model: spec.Model) -> None:
   """`check_solver` for another number of steps."""
   settings = dataclasses.replace(config.sample, steps=steps)
   check_solver(dataclasses.replace(config, sample=settings), model)
