@@ -43,6 +43,7 @@ from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 
 COLUMNS = 20  # samples of a row in the picture, at most
+SHOWN_KINDS = ("plain", "cfg", "ccfg", "autog")  # rows in the pictures of a sweep
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   seconds = {}
   start = time.monotonic()
   price = functools.partial(spec.flops, model, config.data.shape)
-  asked = {row.phase.budget for row in rows} if config.eval.draws else ()
+  asked = {b for row in rows for b in row.budgets} if config.eval.draws else ()
   budgets = sorted(asked, key=price, reverse=True)
   jobs: dict[Any, Callable] = {
     b: functools.partial(compile_loss, config, model, b, bench.mesh) for b in budgets
@@ -138,7 +139,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     columns = min(COLUMNS, 2 * config.model.classes, drawn.row.count)
     shown.append(drawn.images(columns))
     quality = judged.quality(drawn.images(), drawn.labels) if judged else {}
-    return quality | (loss_figures(drawn.row, loss_IR) if loss_IR else {})
+    return quality | loss_figures(drawn.row, loss_IR)
 
   table = draw(bench, rows, programs, folder, config.eval.count, take)
   # Every process has a table, though only that of process 0 has rows.
@@ -190,19 +191,24 @@ def real_images(bench: Bench, held_out: Source) -> dict[str, Any] | None:
 
 
 def sweep(config: Config, workdir: pathlib.Path) -> None:
-  """`--mode=sweep`: metrics against cost over budgets, steps and guidance scales."""
-  if not config.eval.metrics:
-    raise ConfigError(
-      "config.eval.metrics is empty, and a sweep is of metrics: give fid, is, ... and "
-      "config.eval.features that they look through"
-    )
+  """`--mode=sweep`: cost, pictures and, with `eval.metrics`, quality of budgets, steps,
+  guidance scales, reuse and schedules over noise levels, as a page.
+  """
+  meter_of(config, workdir)
   bench = set_up(config, workdir)
   config, model = bench.config, bench.model
   folder = begin(bench, workdir / "sweep")
   rows = evaluator.sweep_rows(config, model)
   jobs = evaluator.samplers(config, model, rows, bench.mesh)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
-  table = draw(bench, rows, programs, folder) if programs else None
+  columns, shown = evaluator.shown_samples(config), {}
+
+  def take(drawn: Drawn) -> dict[str, Any]:
+    if drawn.row.kind in SHOWN_KINDS:
+      shown[drawn.row.name] = drawn.images(columns)
+    return {}
+
+  table = draw(bench, rows, programs, folder, columns, take) if programs else None
   if table is None:
     logging.info(LEAVING)
     return
@@ -210,11 +216,26 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   def finish() -> None:
     report.write_report(folder, {"step": bench.step, "rows": table})
     (folder / "metrics.md").write_text(protocol.markdown(table), encoding="utf-8")
-    plots.write(folder, table)
+    pictures = {name: x for name, x in shown.items() if files.is_pixels(x)}
+    labels = sample.class_names(workdir, evaluator.labels_of(config, columns))
+    plots.write(folder, table, pictures, labels)
     replace(folder, workdir / "sweep")
     logging.info("sweep in %s", workdir / "sweep")
 
   distributed.on_leader(finish)
+
+
+def meter_of(config: Config, workdir: pathlib.Path) -> None:
+  """What says how much changes between evaluations, by which a sweep reuses them; None
+  where it reuses none. ConfigError without a calibration of this model.
+  """
+  if not any(config.eval.sweep_reuse):
+    return
+  path = workdir / "calibration.json"
+  raise ConfigError(
+    f"config.eval.sweep_reuse is {config.eval.sweep_reuse}, and there is no {path} by "
+    "which evaluations are reused: measure it with --mode=calibrate"
+  )
 
 
 def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:
@@ -339,8 +360,12 @@ def validation_losses(
 def loss_figures(row: Row, loss_IR: Mapping[Budget, np.ndarray]) -> dict[str, Any]:
   """Validation loss of a row's budget, its error, and that of the difference from the
   largest budget's. Guidance has no loss of its own: its row has its strong budget's.
+  Nothing without losses, and of a row of several budgets.
   """
-  own, largest = loss_IR[row.phase.budget], next(iter(loss_IR.values()))
+  budget, *more = row.budgets
+  if not loss_IR or more:
+    return {}
+  own, largest = loss_IR[budget], next(iter(loss_IR.values()))
   mean, error = clustered_mean(own)
   _, paired = paired_difference(own, largest)
   return {

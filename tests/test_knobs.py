@@ -39,7 +39,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 90
+MOST_LEAVES = 92
 
 
 class Knob(NamedTuple):
@@ -146,6 +146,8 @@ KNOBS = {
   "eval.every": Knob(40, "training", TOY),
   "eval.sweep_steps": Knob((3,), "sweeping", TOY),
   "eval.sweep_scales": Knob((1.5,), "sweeping", TOY),
+  "eval.sweep_reuse": Knob((0.1,), "sweeping", TOY),
+  "eval.sweep_seeds": Knob(1, "sweeping", TOY | ELIT),
   "prepare.source": Knob("others", "preparing", PIXELS),
   "prepare.kind": Knob("folder", "preparing", PIXELS),
   "prepare.split": Knob("validation", "preparing", PIXELS),
@@ -317,6 +319,7 @@ def recorded(run, config: config_lib.Config) -> list:
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(jax.stages.Lowered, "compile", compile_nothing)
     patch.setattr(sample, "load_ema", load_ema)
+    patch.setattr(evaluate, "meter_of", lambda config, workdir: None)
     # The first of what both write after the folder is their rows.
     for module, name in ((evaluate, "write"), (plots, "write")):
       patch.setattr(module, name, lambda *given: calls.extend(protocols(given)))
