@@ -228,9 +228,17 @@ CASES = {
     lambda d: make_config(eval__bootstrap=1),
     "bootstrap is 1.*at least 2",
   ),
-  "a sweep of nothing": (
-    lambda d: evaluate.sweep(make_config(eval__metrics=()), d / "run"),
-    "eval.metrics is empty",
+  "a negative threshold": (
+    lambda d: make_config(eval__sweep_reuse=(0.1, -0.1)),
+    "sweep_reuse has -0.1: want at least 0, and finite",
+  ),
+  "fewer than no seeds": (
+    lambda d: make_config(eval__sweep_seeds=-1),
+    "sweep_seeds is -1: it must not be negative",
+  ),
+  "reuse without a calibration": (
+    lambda d: evaluate.sweep(make_config(eval__sweep_reuse=(0.1,)), d / "run"),
+    "sweep_reuse is .*calibration.json.*--mode=calibrate",
   ),
   "latents are no pictures": (
     lambda d: measure.instruments(

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine, LayoutEngine
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from elit_jax.eval import protocol, sweep_rows
 from elit_jax.eval.sweep_rows import Point, Row
@@ -156,10 +157,14 @@ def columns(found: Sequence[Point]) -> tuple[list[float], list[float]]:
   return [point.x for point in found], [point.value for point in found]
 
 
-def curve(axes: Axes, found: Sequence[Point], style: Style) -> None:
-  """Points with one standard error, joined by a line."""
+def curve(axes: Axes, found: Sequence[Point], style: Style, aside: float = 0.0) -> None:
+  """Points with one standard error, joined by a line.
+
+  aside: so many typographic points to the right, that curves do not cover each other.
+  """
   if not found:
     return
+  offset = ScaledTranslation(aside / 72, 0, axes.get_figure().dpi_scale_trans)
   axes.errorbar(
     *columns(found),
     yerr=[point.error for point in found],
@@ -171,6 +176,7 @@ def curve(axes: Axes, found: Sequence[Point], style: Style) -> None:
     linewidth=1.5,
     elinewidth=1,
     capsize=3,
+    transform=axes.transData + offset,
   )
 
 

@@ -139,13 +139,12 @@ def held(rows: Sequence[Row]) -> str:
     "solver {}": _same(_of_subject(row, "solver") for row in rows),
     "{} steps": _same(row["steps"] for row in rows),
     "budget {}": _same(row["budget"] for row in rows),
-    "guidance scale {:g}": scale if scale != 1 else None,
+    "no guidance" if scale == 1 else "guidance scale {:g}": scale,
     "average {} of the weights": _same(_of_subject(row, "average") for row in rows),
     "{:,} samples a row": _same(row.get("samples") for row in rows),
     "seed {}": _same(_of_subject(row, "seed") for row in rows),
   }
-  texts = [text.format(x) for text, x in found.items() if x is not None]
-  return ", ".join(texts[:3] + ["no guidance"] * (scale == 1) + texts[3:])
+  return ", ".join(text.format(x) for text, x in found.items() if x is not None)
 
 
 def sentence(rows: Sequence[Row], found: Iterable[str]) -> str:

@@ -28,11 +28,12 @@ from elit_jax.eval.sweep_rows import (
 )
 
 STYLES = {
-  "cfg": Style("CFG", drawing.RED, "s", 8),
+  "cfg": Style("CFG", drawing.RED, "s", 5.5),
   "ccfg": Style("CCFG", drawing.VIOLET, "^"),
   "autog": Style("AutoGuidance", drawing.GREEN, "D"),
 }
 PLAIN = Style("no guidance, fewer tokens", drawing.PLAIN_COLOUR, "o")
+APART = 4  # typographic points between curves, the scales of which are the same
 _LINES = ("-", "--", ":", "-.")
 
 
@@ -55,8 +56,8 @@ def guidance_png(path: str | os.PathLike, sweep: Sweep) -> None:
       for style, curve in _styled(scale_curves(rows))
     ]
     drawing.metric_axis(axes, metric, (drawn for drawn, _ in found))
-    for drawn, style in found:
-      drawing.curve(axes, drawn, style)
+    for i, (drawn, style) in enumerate(found):
+      drawing.curve(axes, drawn, style, APART * (i - (len(found) - 1) / 2))
     axes.set_xlabel("guidance scale  (1: none)")
   _by_cost(panels[-1], names[0], rows, groups)
   drawing.legend(figure, panels)
@@ -94,7 +95,7 @@ def _by_cost(
   drawing.cost_axis(axes, [*saved(rows).tokens, *_all(groups)])
   drawing.curve(axes, plain, PLAIN)
   for kind, found in guided.items():
-    style = STYLES[kind]._replace(name="", line=":", size=5)
+    style = STYLES[kind]._replace(name="", line=":")
     drawing.dots(axes, found, style, alpha=drawing.FAINT)
     best = best_of(found, better(metric))
     drawing.curve(axes, best, style)

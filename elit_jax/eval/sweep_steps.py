@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Rectangle
 
 from elit_jax.errors import ConfigError
-from elit_jax.eval import drawing, page
+from elit_jax.eval import drawing, page, protocol
 from elit_jax.eval.drawing import Unit
 from elit_jax.eval.page import Picture, Section
 from elit_jax.eval.sweep_rows import (
@@ -94,9 +94,10 @@ def _heat(
     red, green, blue, _ = colours(norm(point.value))
     dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
     text = {"ha": "center", "va": "center", "color": "white" if dark else "0.1"}
-    axes.text(column, row + 0.23, _short(point.value), text, fontsize=9)
-    below = [f"± {_short(point.error)}"] if point.error else []
+    value, _, error = protocol.figure(point.row["metrics"][metric]).partition(" ± ")
+    below = [f"± {error}"] if error else []
     below.append(drawing.number(point.x / unit.gflops))
+    axes.text(column, row + 0.22, value, text, fontsize=9)
     axes.text(column, row - 0.2, "\n".join(below), text, fontsize=6.5)
   best = frontier(scored, way)
   for point, (row, column) in zip(scored, places, strict=True):
@@ -126,11 +127,6 @@ def _norm(scored: Sequence[Point]) -> Normalize:
   missing = max(0.0, LEAST * error - (high - low)) / 2
   low, high = low - missing, high + missing
   return Normalize(low, high if high > low else low + 1)
-
-
-def _short(value: float) -> str:
-  """At most four characters where that says enough."""
-  return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def equal_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
