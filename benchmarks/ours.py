@@ -22,12 +22,10 @@ from elit_jax.budget import Budget, draw_budget
 from elit_jax.config import Config
 from elit_jax.data.pipeline import Loader
 from elit_jax.errors import ConfigError
-from elit_jax.flow.process import process
 from elit_jax.logs import Writer
 from elit_jax.models import denoiser, elastic, spec
 from elit_jax.sampling import cost
 from elit_jax.sampling.plan import Guidance, Phase
-from elit_jax.sampling.steppers import stepper
 
 LATENT_SHRINK = 8  # pixels to a latent, along each side
 GUIDANCE_SCALE = 2.0
@@ -180,17 +178,19 @@ def samplers(bench: Bench, steps: int) -> dict[str, Case]:
   cases = {}
   for name, guidance in guidances.items():
     plan = (Phase(steps, full, guidance),)
-    solver, path = bench.config.sample.solver, bench.config.flow.path
-    fn = sample.sample_fn(bench.model, plan, solver, path, bench.config.data.shape)
+    made = sample.from_config(bench.config, bench.model, bench.mesh, bench.batch)
+    parts = sample.prices(bench.config, bench.model)
     start = time.perf_counter()
-    draw = sample.compile_sampler(fn, bench.model, bench.batch, bench.mesh)
+    draw = made.compile([plan])
     cases[name] = Case(
       side="ours",
       part="sample",
       budget=f"{full}, {name}",
       batch=bench.batch,
-      flops=cost.plan_cost(plan, stepper(solver), process(path), bench.flops).flops,
-      run=functools.partial(draw, bench.params, bench.config.sample.seed, index, label),
+      flops=cost.plan_cost(plan, made.stepper, made.process, parts).flops,
+      run=functools.partial(
+        draw, bench.params, bench.config.sample.seed, index, label, plan
+      ),
       compile_seconds=time.perf_counter() - start,
     )
   return cases

@@ -35,7 +35,9 @@ def get_config() -> ConfigDict:
         "dtype": "float32",  # as stored: float32 | float16 (latents) | uint8 (pixels)
       },
       # What a training step may cost, drawn anew each step (DESIGN: "k4" latents a
-      # group, "n64" an image, "25%" of all); weights () means uniform.
+      # group, "n64" an image, "25%" of all). "50% in [0.5, 1]": at those times alone,
+      # docs/plans.md. Weights () means uniform; with intervals, the share of times in
+      # each.
       "budgets": ("100%",),
       "budget_weights": (),
       "flow": {
@@ -79,17 +81,19 @@ def get_config() -> ConfigDict:
       "sample": {
         "count": 64,  # images
         "batch_size": 32,
-        # Phases written out, such as "20@k4 20@k8, cfg 2 in [0.1, 0.9]" (docs/plans.md);
+        # Phases written out, such as "20@k4 20@k8, cfg 2 in [0.1, 0.9]", docs/plans.md;
         # "": one phase by steps, budgets, reuse and guidance.
         "plan": "",
         "steps": 40,  # ELIT, sec. 4: 40 Euler steps
-        # euler | heun | rk5 (six evaluations a step) | sde FORM NORM | ddpm | ddim ETA;
-        # all but the name may be left out, see docs/maths.md. Their authors sample DiT
-        # with "ddpm", SiT with "sde sigma", both in 250 steps.
+        # euler | heun | rk5 (six evaluations a step) | dpm++ | sde FORM NORM | ddpm |
+        # ddim ETA; all but the name may be left out, see docs/maths.md. Their authors
+        # sample DiT with "ddpm", SiT with "sde sigma", both in 250 steps.
         "solver": "euler",
-        "shift": "1",  # of its grid of times, as flow.shift
-        # TeaCache: an evaluation is replaced by what the last one added, as long as less
-        # than this has changed since then; 0: every evaluation is run.
+        # Of its grid of times, as flow.shift; the last time before the end may follow
+        # (Qwen-Image: resolution 0.02), to which all others are stretched.
+        "shift": "1",
+        # TeaCache: an evaluation is replaced by what the last one added, while less has
+        # changed since then than this (docs/plans.md); 0: every evaluation is run.
         "reuse": 0.0,
         "budgets": ("100%",),
         "classes": (),  # such as (207, 360), drawn in turn; (): all
@@ -103,7 +107,7 @@ def get_config() -> ConfigDict:
         "seed": 0,
       },
       "guidance": {
-        "scale": 1.0,  # 1: none
+        "scale": 1.0,  # 1: none; 0 to 1: between the weak branch and the strong one
         "label": "null",  # of the weak branch: null (CFG, CCFG) | same (AutoGuidance)
         "budget": "",  # of the weak branch; "": that of the strong one
         "low": 0.0,  # guided at times low <= t <= high, t = 1 is noise

@@ -4,10 +4,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from elit_jax.errors import ConfigError
+
+T = TypeVar("T")
+Interval = tuple[float, float]
 
 FORMS = "a fraction such as 0.25 or 25%, k4 (latents a group) or n64 (latents an image)"
 
@@ -23,6 +27,23 @@ class Budget:
 
   def __str__(self) -> str:
     return "full" if self.latents is None else f"k{self.latents}"
+
+
+@dataclass(frozen=True)
+class TimedBudget:
+  """A budget to train at, and the interval of times that it is trained at; None: all.
+
+  Its lower end is left out, but for 0, as `flow.intervals` has it. t = 1 is noise.
+  """
+
+  budget: Budget
+  interval: Interval | None = None
+
+  def __str__(self) -> str:
+    if self.interval is None:
+      return str(self.budget)
+    low, high = self.interval
+    return f"{self.budget} in [{low:g}, {high:g}]"
 
 
 def parse_budget(
@@ -72,9 +93,9 @@ def _latents(text: str, unit: str, value: float, slots: int, groups: int) -> int
 
 
 def draw_budget(
-  seed: int, step: int, budgets: Sequence[Budget], weights: Sequence[float] = ()
-) -> Budget:
-  """The budget of a training step: a function of (seed, step) alone.
+  seed: int, step: int, budgets: Sequence[T], weights: Sequence[float] = ()
+) -> T:
+  """What a training step costs, timed or not: a function of (seed, step) alone.
 
   Drawn on the host, uniform over `budgets` unless weights are given, so every host
   and every resumed run draws the same one without talking.

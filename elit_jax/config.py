@@ -5,7 +5,9 @@ unknown, missing or of the wrong type is a ConfigError that names it.
 """
 
 import dataclasses
+import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +18,25 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from elit_jax import ema, files, sharding
-from elit_jax.budget import Budget
+from elit_jax.budget import Budget, Interval, TimedBudget
 from elit_jax.data import shards, sources, stored
 from elit_jax.errors import ConfigError, lookup, nearest
 from elit_jax.eval import features, metrics
+from elit_jax.flow import intervals
 from elit_jax.flow.matching import FlowMatching, Null
 from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
+from elit_jax.flow.shift import scale_of
 from elit_jax.flow.times import time_sampler
 from elit_jax.models import elastic, presets, spec, stages
 from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
-from elit_jax.sampling.plan import Guidance, Phase, Plan
+from elit_jax.sampling import grammar
+from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
+from elit_jax.sampling.step import Stepper
 from elit_jax.sampling.steppers import stepper
+
+K = typing.TypeVar("K")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +233,11 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (("optim.beta1", "optim.beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
   (("flow.label_dropout",), lambda x: 0 <= x <= 1, "lie in [0, 1]"),
   (
+    ("sample.reuse",),
+    lambda x: 0 <= x < math.inf,
+    "be 0 (none) or above, and finite",
+  ),
+  (
     (
       "optim.warmup",
       "train.preview_every",
@@ -240,7 +253,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   # Fewer have no spread.
   (("eval.count",), lambda x: x >= 2, "be at least 2"),
   (("eval.bootstrap",), lambda x: x == 0 or x >= 2, "be 0 (no errors) or at least 2"),
-  (("eval.guidance_scale",), lambda x: 1 <= x < math.inf, "be at least 1, and finite"),
+  (("eval.guidance_scale",), lambda x: 0 <= x < math.inf, "be at least 0, and finite"),
   # jax drops all higher bits: other seeds would be equal ones in disguise.
   (("seed", "sample.seed", "eval.seed"), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),
 )
@@ -273,11 +286,14 @@ def check(config: Config) -> None:
   model = build_model(config)
   stored.fields(config.data.shape, config.data.vae, config.data.dtype)
   check_mesh(config.mesh, model)
-  budgets(config, model)
-  plans(config, model)
+  budget_weights(config, model)
+  planned = plans(config, model)
   sampled_classes(config)
   objective(config, model, lambda label: label)
   check_solver(config, model)
+  if config.sample.plan:
+    for found in planned:
+      _check_steps(sum(phase.steps for phase in found), config, model)
   check_evaluation(config, model)
 
 
@@ -314,12 +330,11 @@ def check_sweep(config: Config, model: spec.Model) -> None:
   for steps in e.sweep_steps:
     if steps < 1:
       raise ConfigError(f"config.eval.sweep_steps has {steps}: want at least 1")
-    settings = dataclasses.replace(config.sample, steps=steps)
-    check_solver(dataclasses.replace(config, sample=settings), model)
+    _check_steps(steps, config, model)
   for scale in e.sweep_scales:
-    if not 1 <= scale < math.inf:
+    if not 0 <= scale < math.inf:
       raise ConfigError(
-        f"config.eval.sweep_scales has {scale}: want at least 1, and finite"
+        f"config.eval.sweep_scales has {scale}: want at least 0, and finite"
       )
   for threshold in e.sweep_reuse:
     if not 0 <= threshold < math.inf:
@@ -395,27 +410,61 @@ def build_model(config: Config) -> spec.Model:
 
 def budgets(config: Config, model: spec.Model) -> tuple[Budget, ...]:
   """The distinct training budgets, in the order of the config."""
-  found = _distinct_budgets("budgets", config.budgets, config, model)
-  weights = config.budget_weights
+  return tuple(dict.fromkeys(timed.budget for timed in timed_budgets(config, model)))
+
+
+def budget_texts(config: Config, model: spec.Model) -> tuple[str, ...]:
+  """The same, as the config has them."""
+  texts: dict[Budget, str] = {}
+  timed = timed_budgets(config, model)
+  for found, text in zip(timed, config.budgets, strict=True):
+    texts.setdefault(found.budget, text.split()[0])
+  return tuple(texts.values())
+
+
+def timed_budgets(config: Config, model: spec.Model) -> tuple[TimedBudget, ...]:
+  """What training draws from: budgets with their intervals, no pair twice."""
+  read = functools.partial(spec.budget_for, model, config.data.shape)
+  texts = config.budgets
+  return _distinct("budgets", texts, [grammar.parse_entry(t, read) for t in texts])
+
+
+def budget_weights(config: Config, model: spec.Model) -> tuple[float, ...]:
+  """How often each of the timed budgets is drawn, relatively; (): all alike.
+
+  Unless they are given: where all have intervals, as often as a time of the path lies
+  in it. Raises ConfigError.
+  """
+  timed, weights = timed_budgets(config, model), config.budget_weights
   if weights and not (
-    len(weights) == len(found) and min(weights) >= 0 and 0 < sum(weights) < math.inf
+    len(weights) == len(timed) and min(weights) >= 0 and 0 < sum(weights) < math.inf
   ):
     raise ConfigError(
-      f"config.budget_weights {weights} must be {len(found)} numbers of at least 0, "
+      f"config.budget_weights {weights} must be {len(timed)} numbers of at least 0, "
       "one a budget, or ()"
     )
-  return found
+  path, time = process(config.flow.path), config.flow.time
+  spans = [one.interval for one in timed if one.interval is not None]
+  shift = time_shift(config, model)
+  masses = tuple(intervals.mass(path, time, span, shift) for span in spans)
+  if weights or not spans:
+    return weights
+  if len(spans) < len(timed):
+    raise ConfigError(
+      f"config.budgets {config.budgets} has intervals of times for some, so that "
+      f"config.budget_weights must say how often each is drawn: give {len(timed)} "
+      "numbers there, or every budget an interval"
+    )
+  return masses
 
 
-def _distinct_budgets(
-  leaf: str, texts: tuple[str, ...], config: Config, model: spec.Model
-) -> tuple[Budget, ...]:
-  found = tuple(spec.budget_for(model, config.data.shape, text) for text in texts)
+def _distinct(leaf: str, texts: tuple[str, ...], found: Sequence[K]) -> tuple[K, ...]:
+  """What texts stand for; ConfigError if it is nothing, or something twice."""
   if not found:
     raise ConfigError(f"config.{leaf} is empty: ('100%',) is the plain choice")
   if len(set(found)) < len(found):
     raise ConfigError(f"config.{leaf} {texts} names a budget twice")
-  return found
+  return tuple(found)
 
 
 def profiled_steps(config: Config) -> range:
@@ -432,19 +481,50 @@ def profiled_steps(config: Config) -> range:
   return range(int(first), int(last))
 
 
-def objective(config: Config, model: spec.Model, null: Null) -> FlowMatching:
-  """What the model is trained with; `null` turns labels into the null label."""
+def objective(
+  config: Config, model: spec.Model, null: Null, interval: Interval | None = None
+) -> FlowMatching:
+  """What the model is trained with; `null` turns labels into the null label.
+
+  interval: that of the times; None: all that there are.
+  """
   flow, learns = config.flow, spec.learns_variance(model)
-  return make_objective(
-    flow.path, flow.time, flow.label_dropout, null, model.prediction, learns
+  shift = time_shift(config, model)
+  found = make_objective(
+    flow.path, flow.time, flow.label_dropout, null, model.prediction, learns, shift
   )
+  if interval is None:
+    return found
+  within = intervals.within(flow.time, interval, shift)
+  return dataclasses.replace(found, time=within)
+
+
+def time_shift(config: Config, model: spec.Model) -> float:
+  """The s by which training times are shifted."""
+  return scale_of(config.flow.shift, tokens(config, model), "flow.shift")
+
+
+def tokens(config: Config, model: spec.Model) -> int:
+  """Of one sample, by which "resolution" shifts times."""
+  return math.prod(spec.grid_of(model, config.data.shape))
+
+
+def solver(config: Config, model: spec.Model) -> Stepper:
+  """What samples are drawn with, on its grid of times as the config shifts it."""
+  return stepper(config.sample.solver, config.sample.shift, tokens(config, model))
 
 
 def check_solver(config: Config, model: spec.Model) -> None:
   """Raises ConfigError if the solver cannot sample this path in so many steps."""
-  path, solver = process(config.flow.path), stepper(config.sample.solver)
-  times = solver.times(path, config.sample.steps)
-  solver.coefficients(path, model.prediction, times)
+  path, made = process(config.flow.path), solver(config, model)
+  times = made.times(path, config.sample.steps)
+  made.coefficients(path, model.prediction, times)
+
+
+def _check_steps(steps: int, config: Config, model: spec.Model) -> None:
+  """`check_solver` for another number of steps."""
+  settings = dataclasses.replace(config.sample, steps=steps)
+  check_solver(dataclasses.replace(config, sample=settings), model)
 
 
 def guidance(config: Config, model: spec.Model) -> Guidance | None:
@@ -452,7 +532,8 @@ def guidance(config: Config, model: spec.Model) -> Guidance | None:
   g = config.guidance
   budget = spec.budget_for(model, config.data.shape, g.budget) if g.budget else None
   label = typing.cast(typing.Literal["null", "same"], g.label)
-  found = Guidance(g.scale, label, budget, g.low, g.high, guided_channels(config))
+  channels, way = guided_channels(config), guided_way(config)
+  found = Guidance(g.scale, label, budget, g.low, g.high, channels, way)
   if found.scale == 1:
     return None
   check_guidance(found, config)
@@ -462,6 +543,13 @@ def guidance(config: Config, model: spec.Model) -> Guidance | None:
 def guided_channels(config: Config) -> typing.Literal["all", "three"]:
   """Which channels are guided; `Guidance` refuses what is neither."""
   return typing.cast(typing.Literal["all", "three"], config.guidance.channels)
+
+
+def guided_way(config: Config) -> typing.Literal["auto", "batch", "calls", "packed"]:
+  """How both branches are run; `Guidance` refuses what is none of these."""
+  return typing.cast(
+    typing.Literal["auto", "batch", "calls", "packed"], config.guidance.way
+  )
 
 
 def check_guidance(found: Guidance, config: Config) -> None:
@@ -474,17 +562,45 @@ def check_guidance(found: Guidance, config: Config) -> None:
 
 
 def plans(config: Config, model: spec.Model) -> tuple[Plan, ...]:
-  """The sampling plans of the config: one phase, for each of its budgets."""
+  """The sampling plans of the config: that of `sample.plan`, or one phase for each of
+  its budgets.
+  """
+  read = functools.partial(spec.budget_for, model, config.data.shape)
+  if config.sample.plan:
+    return (_spelt_plan(config, read),)
   texts, guide = config.sample.budgets, guidance(config, model)
+  reuse = Reuse(config.sample.reuse) if config.sample.reuse else None
   return tuple(
-    plan(config.sample.steps, budget, guide)
-    for budget in _distinct_budgets("sample.budgets", texts, config, model)
+    plan(config.sample.steps, budget, guide, reuse)
+    for budget in _distinct("sample.budgets", texts, [read(text) for text in texts])
   )
 
 
-def plan(steps: int, budget: Budget, guide: Guidance | None) -> Plan:
+def _spelt_plan(config: Config, read: grammar.ReadBudget) -> Plan:
+  """The plan of `sample.plan`; ConfigError if another leaf would do nothing."""
+  for leaf, value, none, words in (
+    ("guidance.scale", config.guidance.scale, 1, "cfg 2"),
+    ("sample.reuse", config.sample.reuse, 0, "teacache 0.1"),
+  ):
+    if value != none:
+      raise ConfigError(
+        f"config.{leaf} is {value} beside config.sample.plan {config.sample.plan!r}, "
+        f"which has a place of its own for it: write it there, as in ', {words}', or "
+        f"set config.{leaf} to {none}"
+      )
+  way = guided_way(config)
+  found = grammar.parse(config.sample.plan, read, guided_channels(config), way)
+  for phase in found:
+    if phase.guidance and phase.guidance.scale != 1:
+      check_guidance(phase.guidance, config)
+  return found
+
+
+def plan(
+  steps: int, budget: Budget, guide: Guidance | None, reuse: Reuse | None = None
+) -> Plan:
   """A plan of one phase; ConfigError if its guidance has nothing to guide with."""
-  phase = Phase(steps, budget, guide)
+  phase = Phase(steps, budget, guide, reuse)
   if guide and (guide.label, phase.weak_budget) == ("same", budget):
     raise ConfigError(
       f"config.guidance has the label 'same' and the budget {str(budget)!r} of the "
@@ -583,6 +699,9 @@ def _build(kind: Any, value: Any, name: str) -> Any:
   return value
 
 
+_COMMA = re.compile(r",(?![^\[]*\])")  # none of "50% in [0.5, 1]"
+
+
 def _texts(values: Sequence[Any]) -> list[Any]:
   """What a flag gives where texts are wanted: a budget or a decay may be a number, and
   k1,k4 comes as one text.
@@ -591,7 +710,7 @@ def _texts(values: Sequence[Any]) -> list[Any]:
   return [
     part.strip() if isinstance(v, str) else v
     for v in texts
-    for part in (v.split(",") if isinstance(v, str) else [v])
+    for part in (_COMMA.split(v) if isinstance(v, str) else [v])
   ]
 
 

@@ -23,10 +23,10 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
   """
   model = config_lib.build_model(config)
   shape = config.data.shape
-  texts = list(budgets or config.budgets)
-  parsed = [spec.budget_for(model, shape, text) for text in texts]
+  parsed = [spec.budget_for(model, shape, text) for text in budgets]
   if len(set(parsed)) < len(parsed):
-    raise ConfigError(f"budgets {', '.join(texts)} name a budget twice")
+    raise ConfigError(f"budgets {', '.join(budgets)} name a budget twice")
+  parsed = parsed or list(config_lib.budgets(config, model))
   columns = {str(budget): spec.costs(model, shape, budget) for budget in parsed}
   counts = denoiser.parameter_counts(model, shape)
   fixed = counts.pop("position_table")

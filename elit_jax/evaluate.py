@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
 from elit_jax.evaluator import Drawn, Row, View
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
+from elit_jax.sampling import caching
 
 COLUMNS = 20  # samples of a row in the picture, at most
 SHOWN_KINDS = ("plain", "cfg", "ccfg", "autog")  # rows in the pictures of a sweep
@@ -102,8 +103,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   held_out = distributed.together(lambda: open_held_out(config))
   bench = set_up(config, workdir)
   config, model = bench.config, bench.model
-  folder = begin(bench, workdir / "report")
   rows = evaluator.report_rows(config, model)
+  meter = meter_of(bench, workdir, rows)
+  folder = begin(bench, workdir / "report")
   seconds = {}
   start = time.monotonic()
   price = functools.partial(spec.flops, model, config.data.shape)
@@ -112,7 +114,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   jobs: dict[Any, Callable] = {
     b: functools.partial(compile_loss, config, model, b, bench.mesh) for b in budgets
   }
-  jobs |= evaluator.samplers(config, model, rows, bench.mesh)
+  made = sample.from_config(config, model, bench.mesh, meter=meter)
+  jobs |= made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   if programs is None:
     logging.info(LEAVING)
@@ -141,7 +144,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     quality = judged.quality(drawn.images(), drawn.labels) if judged else {}
     return quality | loss_figures(drawn.row, loss_IR)
 
-  table = draw(bench, rows, programs, folder, config.eval.count, take)
+  table = draw_rows(bench, rows, made, programs, folder, config.eval.count, take)
   # Every process has a table, though only that of process 0 has rows.
   real = real_images(bench, held_out) if held_out and table is not None else {}
   if table is None or real is None:
@@ -194,12 +197,13 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=sweep`: cost, pictures and, with `eval.metrics`, quality of budgets, steps,
   guidance scales, reuse and schedules over noise levels, as a page.
   """
-  meter_of(config, workdir)
   bench = set_up(config, workdir)
   config, model = bench.config, bench.model
-  folder = begin(bench, workdir / "sweep")
   rows = evaluator.sweep_rows(config, model)
-  jobs = evaluator.samplers(config, model, rows, bench.mesh)
+  meter = meter_of(bench, workdir, rows)
+  folder = begin(bench, workdir / "sweep")
+  made = sample.from_config(config, model, bench.mesh, meter=meter)
+  jobs = made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   columns, shown = evaluator.shown_samples(config), {}
 
@@ -208,7 +212,9 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
       shown[drawn.row.name] = drawn.images(columns)
     return {}
 
-  table = draw(bench, rows, programs, folder, columns, take) if programs else None
+  table = None
+  if programs:
+    table = draw_rows(bench, rows, made, programs, folder, columns, take)
   if table is None:
     logging.info(LEAVING)
     return
@@ -225,16 +231,18 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   distributed.on_leader(finish)
 
 
-def meter_of(config: Config, workdir: pathlib.Path) -> None:
-  """What says how much changes between evaluations, by which a sweep reuses them; None
-  where it reuses none. ConfigError without a calibration of this model.
+def meter_of(
+  bench: Bench, workdir: pathlib.Path, rows: Sequence[Row]
+) -> caching.Meter | None:
+  """What says how much changes between evaluations, by which rows reuse them; None
+  where none does. ConfigError without a calibration of this checkpoint.
   """
-  if not any(config.eval.sweep_reuse):
-    return
-  path = workdir / "calibration.json"
+  wanting = [row.name for row in rows if row.threshold]
+  if not wanting:
+    return None
   raise ConfigError(
-    f"config.eval.sweep_reuse is {config.eval.sweep_reuse}, and there is no {path} by "
-    "which evaluations are reused: measure it with --mode=calibrate"
+    f"row {wanting[0]!r} reuses evaluations, and there is no calibration.json in "
+    f"{workdir}: run --mode=calibrate"
   )
 
 
@@ -258,10 +266,11 @@ def replace(folder: pathlib.Path, report: pathlib.Path) -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
-def draw(
+def draw_rows(
   bench: Bench,
   rows: Sequence[Row],
-  programs: Mapping[Any, Callable],
+  made: sample.Sampler,
+  programs: Mapping[Hashable, Any],
   folder: pathlib.Path,
   keep: int = 0,
   take: Callable[[Drawn], dict[str, Any]] = lambda drawn: {},
@@ -271,7 +280,7 @@ def draw(
     bench.config,
     bench.model,
     rows,
-    programs,
+    made.drawer(programs),
     bench.view,
     bench.params,
     folder / "chunks",
@@ -279,6 +288,7 @@ def draw(
     keep,
     evaluator.TIMED,
     take,
+    made.meter,
   )
 
 

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 
 from elit_jax import autoencoder, distributed, environment, files, preemption, sample
 from elit_jax import config as config_lib
@@ -29,14 +28,11 @@ from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.measure import Instruments
 from elit_jax.models import denoiser, spec
-from elit_jax.sampling import schedule
-from elit_jax.sampling.cost import plan_cost
+from elit_jax.sampling import caching, grammar, schedule
+from elit_jax.sampling.cost import PhaseCost, phase_costs
 from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
-from elit_jax.sampling.steppers import stepper
 
 Features = dict[str, np.ndarray]
-# (parameters, seed, index (n,), labels (n,)) to samples (n, ...) on the host.
-Draw = Callable[[Any, int, np.ndarray, np.ndarray], np.ndarray]
 TIMED = 3  # batches, at least
 SHOWN = 10  # samples of a row in a picture of a sweep, at most
 
@@ -141,7 +137,7 @@ def sampled_rows(config: Config, model: spec.Model) -> list[Row]:
 
 def _plan_name(plan: Plan) -> str:
   if len(plan) > 1:
-    return plan_text(plan)
+    return grammar.written(plan)
   (phase,) = plan
   parts = [str(phase.budget)]
   parts += [f"guidance {phase.guidance.scale:g}"] if phase.guidance else []
@@ -203,7 +199,7 @@ def schedule_rows(config: Config, model: spec.Model) -> list[Row]:
   one step.
   """
   full, *_, small = [*by_price(config, model)] * 2
-  steps, noisy = config.sample.steps, noisy_steps(config)
+  steps, noisy = config.sample.steps, noisy_steps(config, model)
   if small == full or not 0 < noisy < steps:
     return []
   plans: list[Plan] = [
@@ -227,10 +223,10 @@ def schedule_rows(config: Config, model: spec.Model) -> list[Row]:
   ]
 
 
-def noisy_steps(config: Config) -> int:
+def noisy_steps(config: Config, model: spec.Model) -> int:
   """How many steps of a run begin in the upper half of the noise levels, t > 1/2."""
   way = process(config.flow.path)
-  times = stepper(config.sample.solver).times(way, config.sample.steps)
+  times = config_lib.solver(config, model).times(way, config.sample.steps)
   return int(np.count_nonzero(times[:-1] > 0.5 + 1e-9))  # 1/2 itself, as rounded
 
 
@@ -259,63 +255,6 @@ def sweep_rows(config: Config, model: spec.Model) -> list[Row]:
 def shown_samples(config: Config) -> int:
   """How many samples of a row are in the pictures of a sweep."""
   return min(SHOWN, 2 * config.model.classes, config.eval.count)
-
-
-def plan_text(plan: Plan) -> str:
-  """A plan as it is written: phases, and what holds for each."""
-  parts = []
-  for phase in plan:
-    text, g = f"{phase.steps}@{phase.budget}", phase.guidance
-    if g:
-      kind = _kind((phase,))
-      text += f", {kind} {g.scale:g}"
-      text += f"@{phase.weak_budget}" if phase.weak_budget != phase.budget else ""
-      text += f" in [{g.low:g}, {g.high:g}]" if (g.low, g.high) != (0, 1) else ""
-    text += f", teacache {phase.reuse.threshold:g}" if phase.reuse else ""
-    parts.append(text)
-  plainly = all("," not in text for text in parts)
-  return (" " if plainly else "; ").join(parts)
-
-
-# --- programs -------------------------------------------------------------------------
-
-
-def samplers(
-  config: Config, model: spec.Model, rows: Sequence[Row], mesh: Mesh
-) -> dict[Plan, Callable[[], sample.Draw]]:
-  """How to compile the programs of rows, one for all that differ in numbers alone.
-
-  A program is named by the first of its plans; `program_of` finds that of a row.
-  """
-  return {
-    plans[0]: functools.partial(
-      sample.compile_sweep,
-      model,
-      plans,
-      config.sample.solver,
-      config.flow.path,
-      config.data.shape,
-      config.sample.batch_size,
-      mesh,
-    )
-    for plans in schedule.together(row.plan for row in rows)
-  }
-
-
-def program_of(
-  row: Row, rows: Sequence[Row], programs: Mapping[Any, sample.Draw]
-) -> Draw:
-  """How the samples of a row are drawn, by the programs of `samplers`."""
-  groups = schedule.together(other.plan for other in rows)
-  (first,) = (plans[0] for plans in groups if row.plan in plans)
-  program, plan = programs[first], row.plan
-
-  def draw(
-    params: Any, seed: int, index_n: np.ndarray, label_n: np.ndarray
-  ) -> np.ndarray:
-    return program(params, seed, index_n, label_n, plan)
-
-  return draw
 
 
 # --- samples --------------------------------------------------------------------------
@@ -378,7 +317,7 @@ class Drawn(NamedTuple):
 def draw_row(
   config: Config,
   row: Row,
-  draw: Draw,
+  draw: sample.Draw,
   view: View,
   params: Any,
   folder: pathlib.Path,
@@ -410,7 +349,7 @@ def draw_row(
     index = np.arange(first, min(first + size, row.count))
     if first in missing:
       with _clock(seconds, "sampling") as start:
-        samples = draw(params, seed, index, labels[index])
+        samples = draw(params, seed, index, labels[index], row.plan)
       if first and len(index) == size:
         ms.append(1e3 * (seconds["sampling"] - start) / size)
       with _clock(seconds, "decoding"):
@@ -428,7 +367,7 @@ def draw_row(
     again = {"again": 0.0}
     with _clock(again, "again"):
       full = sample.balanced_labels(size, config.model.classes)
-      draw(params, seed, np.arange(size), full)
+      draw(params, seed, np.arange(size), full, row.plan)
     ms.append(1e3 * again["again"] / size)
   return Drawn(row, chunks, labels, ms, seconds)
 
@@ -487,7 +426,7 @@ def draw_rows(
   config: Config,
   model: spec.Model,
   rows: Sequence[Row],
-  programs: Mapping[Any, Callable],
+  draw: sample.Draw,
   view: View,
   params: Any,
   folder: pathlib.Path,
@@ -495,22 +434,26 @@ def draw_rows(
   keep: int = 0,
   timed: int = 0,
   take: Callable[[Drawn], dict[str, Any]] = lambda drawn: {},
+  meter: caching.Meter | None = None,
 ) -> list[dict[str, Any]] | None:
   """The figures of all rows, on process 0; what `take` makes of a row joins its own.
 
-  programs: of `samplers`. step: of the checkpoint. The rest is as of `draw_row`; None
-  if a termination signal came.
+  draw: of a `sample.Sampler`, and meter that one's. step: of the checkpoint. The rest
+  is as of `draw_row`; None if a termination signal came.
   """
   table: list[dict[str, Any]] = []
   said = about(step, view)
   for row in rows:
-    draw = program_of(row, rows, programs)
     drawn = draw_row(config, row, draw, view, params, folder, keep, timed)
     if drawn is None:
       return None
 
-    def measured(row: Row = row, drawn: Drawn = drawn) -> None:
-      found = figures(config, model, row, drawn.ms, said)
+    costs = costs_of(config, model, row.plan, meter)
+
+    def measured(
+      row: Row = row, drawn: Drawn = drawn, costs: list[PhaseCost] = costs
+    ) -> None:
+      found = figures(config, model, row, costs, drawn.ms, said)
       seconds = drawn.seconds | {"metrics": 0.0}
       with _clock(seconds, "metrics"):
         tools = view.instruments
@@ -530,19 +473,19 @@ def figures(
   config: Config,
   model: spec.Model,
   row: Row,
+  costs: Sequence[PhaseCost],
   ms: Sequence[float],
   about: Mapping[str, Any],
 ) -> dict[str, Any]:
   """What is known of a row besides its quality: budget, price, time and protocol.
 
-  about: the entries of the protocol that `protocol_of` cannot know.
+  costs: of `costs_of`. about: the entries of the protocol that `protocol_of` cannot
+  know.
   """
   shape = config.data.shape
   price = functools.partial(spec.flops, model, shape)
-  cost = plan_cost(
-    row.plan, stepper(config.sample.solver), process(config.flow.path), price
-  )
-  reused = 0
+  evaluations = sum(cost.strong + cost.weak for cost in costs)
+  reused = sum(cost.reused for cost in costs)
   read = spec.find(model, spec.Read)
   counts = denoiser.parameter_counts(model, shape)
   counts.pop("position_table")
@@ -550,7 +493,7 @@ def figures(
   return {
     "name": row.name,
     "kind": row.kind,
-    "plan": plan_text(row.plan),
+    "plan": grammar.written(row.plan),
     "budget": _budget_text(row),
     "steps": row.steps,
     "guidance_scale": row.guidance.scale if row.guidance else 1.0,
@@ -561,15 +504,26 @@ def figures(
     else None,
     "core_tokens": over_steps(row.plan, tokens),
     "parameters": sum(counts.values()),
-    "evaluations": cost.evaluations,
+    "evaluations": evaluations,
     "reused": reused,
-    "gflops_per_image": cost.flops / 1e9,
+    "gflops_per_image": sum(cost.flops for cost in costs) / 1e9,
     "gflops_per_forward": over_steps(row.plan, price) / 1e9,
     "ms_per_image": float(np.median(ms)) if ms else None,
     "ms_per_image_runs": list(ms),
     "samples": row.count,
-    "protocol": protocol_of(config, row, cost.evaluations, about, reused),
+    "protocol": protocol_of(config, row, evaluations, about, reused),
   }
+
+
+def costs_of(
+  config: Config, model: spec.Model, plan: Plan, meter: caching.Meter | None
+) -> list[PhaseCost]:
+  """The price of a plan. meter: of one that reuses evaluations; all processes have to
+  ask, as it may run on all devices.
+  """
+  solver, path = config_lib.solver(config, model), process(config.flow.path)
+  decided = schedule.decide(plan, solver, path, meter)
+  return phase_costs(decided, solver, path, sample.prices(config, model))
 
 
 def _budget_text(row: Row) -> str:
@@ -604,7 +558,7 @@ def protocol_of(
   subject = dict(about["subject"]) | {
     "average": config.sample.ema,
     "solver": config.sample.solver,
-    "plan": plan_text(row.plan),
+    "plan": grammar.written(row.plan),
     "steps": row.steps,
     "evaluations": evaluations,
     "reused": reused,

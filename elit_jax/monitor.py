@@ -39,6 +39,7 @@ from elit_jax.data.sources import Source
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.logs import Progress, Writer, import_wandb
 from elit_jax.models import denoiser, spec
+from elit_jax.sampling.plan import Plan
 
 Metrics = Mapping[str, jax.Array]
 T = TypeVar("T")
@@ -283,20 +284,16 @@ class Previews:
     self._average = stored_average(config)
     count = min(2 * config.model.classes, 32)
     self._labels = sample.balanced_labels(count, config.model.classes)
-    fn = sample.sample_fn(
-      model,
-      config_lib.plans(config, model)[0],
-      config.sample.solver,
-      config.flow.path,
-      config.data.shape,
-    )
-    self._draw = sample.compile_sampler(fn, model, count, mesh)
+    self._plan = without_reuse(config_lib.plans(config, model)[0])
+    made = sample.from_config(config, model, mesh, count)
+    self._draw = made.compile([self._plan])
 
   def draw(self, step: int, averages: Mapping[str, Any], writer: Writer) -> None:
     """Samples, and writes previews/<step>.png (latents: .npz)."""
     index = np.arange(len(self._labels))
     params = averages[self._average]
-    images = self._draw(params, self._config.sample.seed, index, self._labels)
+    seed = self._config.sample.seed
+    images = self._draw(params, seed, index, self._labels, self._plan)
     if not distributed.is_leader():
       return
     self._folder.mkdir(exist_ok=True)
@@ -336,16 +333,18 @@ class Evaluations:
       distributed.together(functools.partial(instruments.check, config.eval.count))
     self._view = evaluator.View(decoder, instruments)
     self._rows = evaluator.plain_rows(config, model, config.sample.steps)
-    jobs = evaluator.samplers(config, model, self._rows, mesh)
+    made = sample.from_config(config, model, mesh)
+    jobs = made.jobs(row.plan for row in self._rows)
     done = Progress("compile", len(jobs)).update
-    self._programs = preemption.side_by_side(jobs, done)
+    programs = preemption.side_by_side(jobs, done)
+    self._draw = made.drawer(programs) if programs else None
 
   def reach(self, step: int, averages: Mapping[str, Any], writer: Writer) -> None:
     """Evaluates where `step` asks for it and no evaluation is there; leaves it half
     done if a termination signal came. Writes evaluations/<step>.json.
     """
     path = self._folder / f"{step:07d}.json"
-    if step == 0 or step % self._config.eval.every or self._programs is None:
+    if step == 0 or step % self._config.eval.every or self._draw is None:
       return  # without programs the run has been told to leave
     if distributed.on_leader(path.exists):
       return
@@ -357,7 +356,7 @@ class Evaluations:
       self._config,
       self._model,
       self._rows,
-      self._programs,
+      self._draw,
       self._view,
       averages[self._average],
       chunks,
@@ -377,6 +376,11 @@ class Evaluations:
       writer.scalars(step, found)
 
     distributed.on_leader(record)
+
+
+def without_reuse(plan: Plan) -> Plan:
+  """The same with every evaluation run: nothing is calibrated while it is trained."""
+  return tuple(dataclasses.replace(phase, reuse=None) for phase in plan)
 
 
 def stored_average(config: Config) -> str:

@@ -23,12 +23,11 @@ from elit_jax import autoencoder, files, sample, sharding, trees
 from elit_jax import config as config_lib
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
-from elit_jax.flow.process import process
 from elit_jax.models import denoiser, spec
 from elit_jax.ports import files as weight_files
+from elit_jax.sample import Draw, Sampler
 from elit_jax.sampling.cost import PlanCost, plan_cost
 from elit_jax.sampling.plan import Guidance, Plan
-from elit_jax.sampling.steppers import stepper
 
 PARAMS, CONFIG, CARD = "params.safetensors", "model.json", "README.md"
 FILES = [PARAMS, CONFIG]
@@ -264,7 +263,7 @@ class Trained:
   @property
   def budgets(self) -> tuple[str, ...]:
     """The budgets that the model was trained at, as the config has them."""
-    return self.config.budgets
+    return config_lib.budget_texts(self.config, self.model)
 
   def sample(
     self,
@@ -292,9 +291,9 @@ class Trained:
     if not 0 <= _whole("seed", seed) < 2**32:
       raise ConfigError(f"seed {seed} must lie in [0, 2**32)")
     plan = self.plan(budget, guidance, steps)
-    draw = self._program(plan, solver or self.config.sample.solver, len(wanted))
+    draw = self._program(plan, solver, len(wanted))
     labels = np.array(wanted, np.int32)
-    images = draw(self.params, seed, np.arange(len(labels)), labels)
+    images = draw(self.params, seed, np.arange(len(labels)), labels, plan)
     images = self.decoder.decode(images) if self.decoder else images
     return files.as_stored(images, self.config.sample.uint8)
 
@@ -308,13 +307,9 @@ class Trained:
   ) -> PlanCost:
     """Network evaluations and FLOPs of one image, before it is drawn."""
     plan = self.plan(budget, guidance, steps)
-    c, model = self.config, self.model
-    return plan_cost(
-      plan,
-      stepper(solver or c.sample.solver),
-      process(c.flow.path),
-      lambda b: spec.flops(model, c.data.shape, b),
-    )
+    made = self._sampler(solver, 1)
+    parts = sample.prices(self.config, self.model)
+    return plan_cost(plan, made.stepper, made.process, parts)
 
   def plan(
     self,
@@ -336,13 +331,17 @@ class Trained:
     config_lib.check_guidance(guide, self.config)
     return config_lib.plan(count, parsed, guide)
 
-  def _program(self, plan: Plan, solver: str, count: int) -> Any:
+  def _sampler(self, solver: str | None, count: int) -> Sampler:
+    """How `count` images are sampled by this solver, or that of the config."""
+    settings = self.config.sample
+    settings = dataclasses.replace(settings, solver=solver or settings.solver)
+    config = dataclasses.replace(self.config, sample=settings)
+    return sample.from_config(config, self.model, self.mesh, count)
+
+  def _program(self, plan: Plan, solver: str | None, count: int) -> Draw:
     key = (plan, solver, count)
     if key not in self._programs:
-      stepper(solver)
-      c = self.config
-      fn = sample.sample_fn(self.model, plan, solver, c.flow.path, c.data.shape)
-      self._programs[key] = sample.compile_sampler(fn, self.model, count, self.mesh)
+      self._programs[key] = self._sampler(solver, count).compile([plan])
     return self._programs[key]
 
 

@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import pathlib
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,158 +15,245 @@ from jax.sharding import Mesh
 
 from elit_jax import autoencoder, distributed, ema, files, preemption, sharding
 from elit_jax import config as config_lib
-from elit_jax.budget import Budget
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
-from elit_jax.flow.process import process
+from elit_jax.flow.process import Process, process
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
-from elit_jax.sampling import sampler, schedule
-from elit_jax.sampling.cost import plan_cost
-from elit_jax.sampling.guidance import At, Cache, Predict
+from elit_jax.sampling import caching, grammar, sampler, schedule
+from elit_jax.sampling.cost import PartsOf, phase_costs
+from elit_jax.sampling.network import Network, Stream
 from elit_jax.sampling.plan import Plan
-from elit_jax.sampling.steppers import stepper
+from elit_jax.sampling.schedule import Decided, Form, Schedule
+from elit_jax.sampling.step import Carry, Stepper
 
 Params = dict[str, Any]
 NAMED_CLASSES = 8  # in the name of a folder, at most
 SHOWN = 16  # samples of a budget in the picture, at most
 
-SampleFn = Callable[..., jax.Array]  # (params, key, index (B,), label (B,), ...)
-Draw = Callable[..., np.ndarray]  # (params, seed, index (n,), label (n,), ...)
+# (params, seed, index (n,), label (n,), plan) to samples (n, *shape) on the host.
+Draw = Callable[[Any, int, np.ndarray, np.ndarray, Plan], np.ndarray]
 
 
-def network(model: spec.Model, params: Params, budget: Budget) -> Predict:
-  """The plain network under a budget, as a `Predict`."""
+def network(model: spec.Model, params: Params) -> Network:
+  """A model under its parameters, as sampling sees it."""
 
-  def predict(
-    cache: Cache, x: jax.Array, at: At, cond: jax.Array
-  ) -> tuple[Cache, jax.Array]:
-    t_B = sampler.as_batch(at.t, x)
-    return cache, denoiser.apply(model, params, x, t_B, cond, budget).prediction
+  def embed(x: jax.Array, t: jax.Array, cond: jax.Array) -> Stream:
+    return denoiser.embed(model, params, x, sampler.as_batch(t, x), cond)
 
-  return predict
+  def unembed(stream: Stream) -> jax.Array:
+    return denoiser.unembed(model, params, stream).prediction
 
-
-def sample_fn(
-  model: spec.Model, plan: Plan, solver: str, path: str, shape: tuple[int, ...]
-) -> SampleFn:
-  """(params, key, index (B,), label (B,)) to samples (B, *shape), ready for jit.
-
-  A sample depends on the key, its index and its label alone.
-  """
-  made, way = stepper(solver), process(path)
-  follow = follow_fn(model, schedule.forms_of(plan, made, way), solver, shape)
-  return functools.partial(
-    follow, numbers=schedule.schedules(plan, made, way, model.prediction)
+  return Network(
+    embed,
+    functools.partial(denoiser.heads, model, params),
+    functools.partial(denoiser.core, model, params),
+    functools.partial(denoiser.tail, model, params),
+    unembed,
+    denoiser.pack,
+    denoiser.unpack,
   )
 
 
-def follow_fn(
-  model: spec.Model,
-  forms: Sequence[schedule.Form],
-  solver: str,
-  shape: tuple[int, ...],
-) -> SampleFn:
-  """The same for any plan of these forms, by its numbers: a schedule a phase."""
+class Program(NamedTuple):
+  """The compiled loop of a phase, for at most so many steps, and its empty cache.
 
-  def run(
-    params: Params,
-    key: jax.Array,
-    index_B: jax.Array,
-    label_B: jax.Array,
-    numbers: Sequence[schedule.Schedule],
-  ) -> jax.Array:
-    x, noise = sampler.initial_noise(key, index_B, shape)
-    return sampler.follow(
-      forms,
-      numbers,
-      stepper(solver),
-      functools.partial(network, model, params),
-      functools.partial(denoiser.null_labels, model),
-      x,
-      label_B,
-      noise,
+  run: (params, seed (), index (B,), label (B,), carry, schedule) to the next carry.
+  """
+
+  form: Form
+  most: int
+  run: Callable[..., Carry]
+  empty: Callable[[], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+  """How a model is sampled, whatever the plan: solver, path, sample shape, batch, mesh.
+
+  A program is compiled for each distinct (budget, guidance, reuse) of some plans, and
+  runs any phase of that form; a batch may be smaller, and is then padded. meter: of
+  plans that reuse evaluations.
+  """
+
+  model: spec.Model
+  stepper: Stepper
+  process: Process
+  shape: tuple[int, ...]
+  batch_size: int
+  mesh: Mesh
+  meter: caching.Meter | None = None
+
+  def decide(self, plan: Plan) -> tuple[Decided, ...]:
+    """A plan down to its single evaluations; ConfigError if it cannot be followed."""
+    return schedule.decide(plan, self.stepper, self.process, self.meter)
+
+  def numbers(self, plan: Sequence[Decided]) -> tuple[Schedule, ...]:
+    """What the programs of a plan are told."""
+    return schedule.schedules(plan, self.stepper, self.process, self.model.prediction)
+
+  def jobs(self, plans: Iterable[Plan]) -> dict[Hashable, Callable[[], Any]]:
+    """What has to be compiled for some plans, by name: see `drawer`."""
+    decided = [self.decide(plan) for plan in plans]
+    if not decided:
+      raise ConfigError("there are no plans to sample by: give at least one")
+    jobs: dict[Hashable, Callable[[], Any]] = {
+      "start": self._compile_start,
+      "end": self._compile_end,
+    }
+    for kind, (form, most) in schedule.programs(decided).items():
+      example = next(p for p in decided if any(d.form.kind == kind for d in p))
+      jobs[kind] = functools.partial(self._compile_phase, form, most, example)
+    return jobs
+
+  def compile(self, plans: Iterable[Plan]) -> Draw:
+    """`drawer` of programs that are compiled here, one after the other."""
+    return self.drawer({name: job() for name, job in self.jobs(plans).items()})
+
+  def drawer(self, programs: Mapping[Hashable, Any]) -> Draw:
+    """What draws samples by the results of `jobs`, on all processes alike.
+
+    The plan may be another than those they were compiled for, of the same forms and
+    with no more steps in a phase; else it raises ConfigError. A sample depends on the
+    seed, its index, its label and the plan alone, to rounding.
+    """
+    size = sharding.round_up(self.batch_size, self.mesh)
+
+    @functools.cache
+    def phases(plan: Plan) -> list[tuple[Program, bool, Schedule]]:
+      decided = self.decide(plan)
+      found = []
+      for phase, numbers in zip(decided, self.numbers(decided), strict=True):
+        program = _program(programs, phase.form)
+        found.append((program, phase.goes_on, schedule.filled(numbers, program.most)))
+      return found
+
+    def draw(
+      params: Params, seed: int, index_n: np.ndarray, label_n: np.ndarray, plan: Plan
+    ) -> np.ndarray:
+      todo = phases(plan)
+      pad = size - len(index_n)
+      rows = [np.pad(a.astype(np.int32), (0, pad)) for a in (index_n, label_n)]
+      index_B, label_B = (sharding.put_whole(self.mesh, a) for a in rows)
+      carry = programs["start"](np.uint32(seed), index_B)
+      for program, goes_on, numbers in todo:
+        if not goes_on:
+          carry = carry._replace(cache=program.empty())
+        carry = program.run(params, np.uint32(seed), index_B, label_B, carry, numbers)
+      return np.asarray(programs["end"](carry.x))[: len(index_n)]
+
+    return draw
+
+  @property
+  def _rows(self) -> jax.ShapeDtypeStruct:
+    size = sharding.round_up(self.batch_size, self.mesh)
+    return jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding.split(self.mesh))
+
+  @property
+  def _seed(self) -> jax.ShapeDtypeStruct:
+    everywhere = sharding.replicated(self.mesh)
+    return jax.ShapeDtypeStruct((), np.uint32, sharding=everywhere)
+
+  def _start(self, seed: jax.Array, index_B: jax.Array) -> Carry:
+    x, _ = sampler.initial_noise(jax.random.key(seed), index_B, self.shape)
+    return Carry(x, self.stepper.init(x))
+
+  def _compile_start(self) -> Callable[..., Carry]:
+    start = sharding.on_mesh(self.mesh, self._start)
+    jitted = jax.jit(start, out_shardings=sharding.split(self.mesh))
+    return jitted.lower(self._seed, self._rows).compile()
+
+  def _compile_end(self) -> Callable[[jax.Array], jax.Array]:
+    jitted = jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))
+    return jitted.lower(self._begun().x).compile()
+
+  def _begun(self) -> Carry:
+    carry = jax.eval_shape(self._start, self._seed, self._rows)
+    return sharding.abstract(carry, sharding.split(self.mesh))
+
+  def _compile_phase(
+    self, form: Form, most: int, example: Sequence[Decided]
+  ) -> Program:
+    numbers = next(
+      schedule.filled(one, most)
+      for decided, one in zip(example, self.numbers(example), strict=True)
+      if decided.form.kind == form.kind
     )
+    null = functools.partial(denoiser.null_labels, self.model)
 
-  return run
-
-
-def compile_sampler(
-  fn: SampleFn, model: spec.Model, batch_size: int, mesh: Mesh, *more: Any
-) -> Draw:
-  """Compiles `fn` for one batch size, split over the mesh.
-
-  Returns (params, seed, index (n,), label (n,)) to host images (n, *shape), the same on
-  all processes; n may be smaller than the batch, which is then padded. `more` arrays
-  are arguments of both after these, whole on every device; here their shapes count.
-  """
-  size = sharding.round_up(batch_size, mesh)
-  rows = jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding.split(mesh))
-  everywhere = sharding.replicated(mesh)
-  params = sharding.place(mesh, denoiser.abstract_params(model))
-  seed = jax.ShapeDtypeStruct((), np.uint32, sharding=everywhere)
-
-  def from_seed(params: Params, seed: jax.Array, *rest: Any) -> jax.Array:
-    return fn(params, jax.random.key(seed), *rest)
-
-  jitted = jax.jit(sharding.on_mesh(mesh, from_seed), out_shardings=everywhere)
-  shapes = sharding.abstract(more, everywhere)
-  compiled = jitted.lower(params, seed, rows, rows, *shapes).compile()
-
-  def run(
-    params: Params, seed: int, index_n: np.ndarray, label_n: np.ndarray, *more: Any
-  ) -> np.ndarray:
-    pad = size - len(index_n)
-    batch = [np.pad(a.astype(np.int32), (0, pad)) for a in (index_n, label_n)]
-    index_B, label_B = (sharding.put_whole(mesh, a) for a in batch)
-    images = compiled(params, np.uint32(seed), index_B, label_B, *more)
-    return np.asarray(images)[: len(index_n)]
-
-  return run
-
-
-def compile_sweep(
-  model: spec.Model,
-  plans: Sequence[Plan],
-  solver: str,
-  path: str,
-  shape: tuple[int, ...],
-  batch_size: int,
-  mesh: Mesh,
-) -> Draw:
-  """One program for plans that differ in numbers of steps, scales and intervals alone.
-
-  Returns (params, seed, index (n,), label (n,), plan) to what the plan's own program
-  draws, to rounding. The plan may be another than those given, with no more steps than
-  the longest of them, guided as they are. ConfigError for plans that cannot share a
-  program; `schedule.together` sorts them.
-  """
-  if not plans:
-    raise ConfigError("a sweep has no plans: give at least one")
-  made, way = stepper(solver), process(path)
-  forms = schedule.common([schedule.forms_of(plan, made, way) for plan in plans])
-  most = [max(phase.steps for phase in phases) for phases in zip(*plans, strict=True)]
-
-  @functools.cache
-  def numbers(plan: Plan) -> tuple[schedule.Schedule, ...]:
-    wanted = schedule.common([forms, schedule.forms_of(plan, made, way)])
-    if wanted != forms:
-      raise ConfigError(
-        "a plan needs evaluations with or without guidance, for which this program was "
-        "not compiled: give such a plan when it is"
+    def run(
+      params: Params,
+      seed: jax.Array,
+      index_B: jax.Array,
+      label_B: jax.Array,
+      carry: Carry,
+      numbers: Schedule,
+    ) -> Carry:
+      key, made = jax.random.key(seed), network(self.model, params)
+      _, noise = sampler.initial_noise(key, index_B, self.shape)
+      return sampler.follow(
+        form, self.stepper, made, null, carry, label_B, noise, numbers
       )
-    return schedule.schedules(plan, made, way, model.prediction, most)
 
-  follow = follow_fn(model, forms, solver, shape)
-  draw = compile_sampler(follow, model, batch_size, mesh, numbers(plans[0]))
+    def empty(params: Params, x: jax.Array, label_B: jax.Array) -> Any:
+      return sampler.empty(form, network(self.model, params), x, label_B)
 
-  def run(
-    params: Params, seed: int, index_n: np.ndarray, label_n: np.ndarray, plan: Plan
-  ) -> np.ndarray:
-    return draw(params, seed, index_n, label_n, numbers(plan))
+    rows, split = self._rows, sharding.split(self.mesh)
+    params = sharding.place(self.mesh, denoiser.abstract_params(self.model))
+    carry = self._begun()
+    cache = jax.eval_shape(empty, params, carry.x, rows)
+    cache = sharding.abstract(cache, split)
+    jitted = jax.jit(sharding.on_mesh(self.mesh, run), out_shardings=split)
+    compiled = jitted.lower(
+      params,
+      self._seed,
+      rows,
+      rows,
+      carry._replace(cache=cache),
+      sharding.abstract(numbers, sharding.replicated(self.mesh)),
+    ).compile()
 
-  return run
+    def zeros() -> Any:
+      return jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), cache)
+
+    made = jax.jit(zeros, out_shardings=split).lower().compile() if cache else tuple
+    return Program(form, most, compiled, made)
+
+
+def from_config(
+  config: Config,
+  model: spec.Model,
+  mesh: Mesh,
+  batch_size: int | None = None,
+  meter: caching.Meter | None = None,
+) -> Sampler:
+  """How the config samples, `sample.batch_size` at once unless another is given."""
+  return Sampler(
+    model,
+    config_lib.solver(config, model),
+    process(config.flow.path),
+    config.data.shape,
+    batch_size or config.sample.batch_size,
+    mesh,
+    meter,
+  )
+
+
+def prices(config: Config, model: spec.Model) -> PartsOf:
+  """FLOPs of the parts of a forward pass at a budget, of one sample."""
+  return functools.partial(spec.parts, model, config.data.shape)
+
+
+def _program(programs: Mapping[Hashable, Any], form: Form) -> Program:
+  """The one of a form, or of its kind; ConfigError if it was not compiled."""
+  program = programs.get(form.kind)
+  if program is None or (program.form.always and not form.always):
+    raise ConfigError(
+      f"a plan needs {form}, for which no program was compiled: give such a plan when "
+      "they are"
+    )
+  return program
 
 
 def balanced_labels(count: int, classes: int) -> np.ndarray:
@@ -249,9 +337,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   distributed.check_shared(workdir)
   config = as_trained(workdir, config)
   model = config_lib.build_model(config)
-  plans = {str(p[0].budget): p for p in config_lib.plans(config, model)}
+  plans = {plan_name(p): p for p in config_lib.plans(config, model)}
   mesh = config_lib.make_mesh(config, model)
   step, params = load_ema(workdir, config, mesh)
+  made = from_config(config, model, mesh)
   folders = {name: workdir / "samples" / folder_name(config, name) for name in plans}
   decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
   for folder in folders.values():
@@ -276,24 +365,25 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   if not missing:
     logging.info("all %d samples are there, in %s", s.count, workdir / "samples")
     return
-  wanted = {name: plans[name] for name, _ in missing}
-  draw = compile_plans(config, model, wanted, mesh)
-  if draw is None:
+  jobs = made.jobs({name: plans[name] for name, _ in missing}.values())
+  programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
+  if programs is None:
     logging.info("termination signal: leaving before the first sample")
     return
+  draw = made.drawer(programs)
   progress = Progress("sample", len(missing), s.batch_size)
   for done, (name, first) in enumerate(missing, 1):
     if preemption.requested():
       logging.info("stopped by a signal after %d of %d chunks", done - 1, len(missing))
       return
     index = np.arange(first, min(first + s.batch_size, s.count))
-    samples = draw[name](params, s.seed, index, labels[index])
+    samples = draw(params, s.seed, index, labels[index], plans[name])
     path = folders[name] / f"{first:06d}.npz"
     pictures = decoder.decode(samples) if decoder else samples
     save = functools.partial(files.save_samples, path, pictures, labels[index], s.uint8)
     distributed.on_leader(save)
     progress.update(done)
-  distributed.on_leader(functools.partial(show, config, model, plans, folders, workdir))
+  distributed.on_leader(functools.partial(show, config, made, plans, folders, workdir))
 
 
 def folder_name(config: Config, budget: str) -> str:
@@ -309,24 +399,14 @@ def folder_name(config: Config, budget: str) -> str:
   return files.stem(" ".join(parts))
 
 
-def compile_plans(
-  config: Config, model: spec.Model, plans: Mapping[str, Plan], mesh: Mesh
-) -> dict[str, Draw] | None:
-  """The sampler of every plan, compiled side by side; None after a signal."""
-
-  def compile_one(plan: Plan) -> Draw:
-    fn = sample_fn(
-      model, plan, config.sample.solver, config.flow.path, config.data.shape
-    )
-    return compile_sampler(fn, model, config.sample.batch_size, mesh)
-
-  jobs = {name: functools.partial(compile_one, plan) for name, plan in plans.items()}
-  return preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
+def plan_name(plan: Plan) -> str:
+  """What samples of a plan are called: the budget of one phase, or the plan as text."""
+  return str(plan[0].budget) if len(plan) == 1 else grammar.written(plan)
 
 
 def show(
   config: Config,
-  model: spec.Model,
+  made: Sampler,
   plans: Mapping[str, Plan],
   folders: Mapping[str, pathlib.Path],
   workdir: pathlib.Path,
@@ -338,17 +418,16 @@ def show(
   from elit_jax.eval import report  # matplotlib is slow to import
 
   folder = workdir / "samples"
-  price = functools.partial(spec.flops, model, config.data.shape)
+  price = prices(config, made.model)
   rows, labels = [], np.zeros(0, np.int64)
   for name, plan in plans.items():
     images, labels = _first(folders[name], config.sample)
     if not files.is_pixels(images):
       logging.info("samples of %s in %s", images.shape[1:], folder)
       return
-    cost = plan_cost(
-      plan, stepper(config.sample.solver), process(config.flow.path), price
-    )
-    rows.append((f"{name}\n{cost.flops / 1e9:.3g} GFLOPs an image", images))
+    costs = phase_costs(made.decide(plan), made.stepper, made.process, price)
+    gflops = sum(cost.flops for cost in costs) / 1e9
+    rows.append((f"{name}\n{gflops:.3g} GFLOPs an image", images))
   title = f"The same noise and label in each column, seed {config.sample.seed}"
   report.grid_png(folder / "grid.png", rows, class_names(workdir, labels), title)
   logging.info("samples in %s, the first of each budget in grid.png", folder)
@@ -396,7 +475,10 @@ SAMPLING_LEAVES = (
   "data.vae",
   "model.dtype",
   "sample.batch_size",
+  "sample.plan",
   "sample.steps",
+  "sample.shift",
+  "sample.reuse",
   "sample.uint8",
   "sample.solver",
   "sample.classes",

@@ -1,4 +1,4 @@
-"""Training: one loop, one step, one compiled program a budget."""
+"""Training: one loop, one step, one compiled program a budget (and interval)."""
 
 import contextlib
 import functools
@@ -25,7 +25,7 @@ from elit_jax import (
   sample,
   sharding,
 )
-from elit_jax.budget import Budget, draw_budget
+from elit_jax.budget import Budget, Interval, TimedBudget, draw_budget
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
 from elit_jax.data.pipeline import Loader
@@ -59,6 +59,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     every = config.train.preview_every
     previews = monitor.Previews(config, model, mesh, workdir) if every else None
     evaluations = make_evaluations(config, model, mesh, workdir)
+    weights = config_lib.budget_weights(config, model)
 
     with (
       monitor.writer(config, workdir, start) as writer,
@@ -82,12 +83,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
           break
         profiler.reach(step, state)
         examples = log.wait(loader)
-        budget = draw_budget(config.seed, step, budgets, config.budget_weights)
+        drawn = draw_budget(config.seed, step, budgets, weights)
         # No transfers but those that are spelt out.
         with jax.transfer_guard("disallow"), monitor.named_step(step):
           batch = put(config, mesh, examples)
-          state, metrics = step_fns[budget](state, batch)
-        log.add(step + 1, loader.seen, budget, metrics)
+          state, metrics = step_fns[drawn](state, batch)
+        log.add(step + 1, loader.seen, drawn.budget, metrics)
         if previews and (step + 1) % every == 0:
           previews.draw(step + 1, state["ema"], writer)
         if (step + 1) % config.checkpoint.every == 0:
@@ -103,10 +104,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
 
 def prepare(
   config: Config, workdir: pathlib.Path
-) -> tuple[spec.Model, tuple[Budget, ...], Mesh, Source]:
+) -> tuple[spec.Model, tuple[TimedBudget, ...], Mesh, Source]:
   """What a run stands on; ConfigError for all that can be refused before it begins."""
   model = config_lib.build_model(config)
-  budgets = config_lib.budgets(config, model)
+  budgets = config_lib.timed_budgets(config, model)
   mesh = config_lib.make_mesh(config, model)
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
   source = distributed.together(lambda: open_source(config))
@@ -273,14 +274,15 @@ def train_step(
   budget: Budget,
   state: State,
   batch: Mapping[str, jax.Array],
+  interval: Interval | None = None,
 ) -> tuple[State, Metrics]:
-  """One optimiser step at one budget.
+  """One optimiser step at one budget, at times in an interval or at all.
 
   A step whose gradient is not finite changes nothing but the counters: parameters,
   moments, EMA and the schedule's count stay, while step, data and keys move on.
   """
   null = functools.partial(denoiser.null_labels, model)
-  objective = config_lib.objective(config, model, null)
+  objective = config_lib.objective(config, model, null, interval)
   key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
 
   def loss_fn(params: Any, micro: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
@@ -375,11 +377,16 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 
 def lower_step(
-  config: Config, model: spec.Model, budget: Budget, mesh: Mesh
+  config: Config,
+  model: spec.Model,
+  budget: Budget,
+  mesh: Mesh,
+  interval: Interval | None = None,
 ) -> jax.stages.Lowered:
   """The training step of a budget on a mesh, from shapes alone; it eats its state."""
   state = abstract_state(config, model, mesh)
-  step = sharding.on_mesh(mesh, functools.partial(train_step, config, model, budget))
+  at = functools.partial(train_step, config, model, budget, interval=interval)
+  step = sharding.on_mesh(mesh, at)
   jitted = jax.jit(
     step,
     donate_argnums=0,
@@ -389,17 +396,17 @@ def lower_step(
 
 
 def warm_up(
-  config: Config, model: spec.Model, budgets: tuple[Budget, ...], mesh: Mesh
-) -> dict[Budget, jax.stages.Compiled] | None:
-  """Compiles the step of every budget before the first one runs.
+  config: Config, model: spec.Model, budgets: tuple[TimedBudget, ...], mesh: Mesh
+) -> dict[TimedBudget, jax.stages.Compiled] | None:
+  """Compiles the step of every budget and interval before the first one runs.
 
   What comes back are finished programs: they cannot retrace. None if a termination
   signal came meanwhile. ConfigError if one of them does not fit into memory.
   """
   progress = Progress("compile", len(budgets))
 
-  def compile_step(budget: Budget) -> jax.stages.Compiled:
-    return lower_step(config, model, budget, mesh).compile()
+  def compile_step(timed: TimedBudget) -> jax.stages.Compiled:
+    return lower_step(config, model, timed.budget, mesh, timed.interval).compile()
 
   jobs = {budget: functools.partial(compile_step, budget) for budget in budgets}
   compiled = preemption.side_by_side(jobs, progress.update)

@@ -490,8 +490,8 @@ def test_a_sweep_in_one_command(tiny_run, workdir):
 
 
 def test_a_sweep_without_metrics_is_of_cost_and_pictures(tiny_run, workdir):
-  """Of the largest budget also by noise level, were there anything to measure."""
   more = ("--config.eval.sweep_seeds=2", "--config.eval.guidance_scale=1")
+  more += ("--config.eval.sweep_steps=()", "--config.eval.sweep_scales=()")
   tiny_run("sweep", workdir, TWO, "--config.eval.metrics=()", *more)
   folder = workdir / "sweep"
   rows = json.loads((folder / "metrics.json").read_text())["rows"]
@@ -499,6 +499,9 @@ def test_a_sweep_without_metrics_is_of_cost_and_pictures(tiny_run, workdir):
   assert all(row["ms_per_image"] > 0 and row["metrics"] == {} for row in rows)
   assert {path.name for path in folder.glob("*.png")} == {"budgets.png", "cost.png"}
   assert "nothing here on quality" in (folder / "report.md").read_text()
+  with pytest.raises(ConfigError, match="'TeaCache 0.1'.*--mode=calibrate"):
+    tiny_run("sweep", workdir, TWO, "--config.eval.sweep_reuse=(0.1,)", *more)
+  assert (folder / "report.md").exists()
 
 
 def test_evaluation_as_training_goes(tiny_run, workdir, monkeypatch):

@@ -207,9 +207,13 @@ CASES = {
     describe(DIGITS, "budget_weights=(1,1,1,1,-1)"), ("-1.0", "at least 0")
   ),
   # Guidance.
-  "guidance below 1": Case(describe(BASE, "guidance.scale=0.5"), ("0.5", "at least 1")),
+  "guidance below 0": Case(
+    describe(BASE, "guidance.scale=-0.5"), ("-0.5", "at least 0")
+  ),
   "endless guidance": Case(describe(BASE, "guidance.scale=inf"), ("inf", "finite")),
-  "eval guidance below 1": Case(describe(BASE, "eval.guidance_scale=0"), ("0.0", "1")),
+  "eval guidance below 0": Case(
+    describe(BASE, "eval.guidance_scale=-1"), ("-1.0", "at least 0")
+  ),
   "interval reversed": Case(
     describe(BASE, "guidance.low=0.8", "guidance.high=0.2"),
     ("[0.8, 0.2]", "low <= high"),

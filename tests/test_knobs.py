@@ -39,7 +39,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 92
+MOST_LEAVES = 95
 
 
 class Knob(NamedTuple):
@@ -116,8 +116,10 @@ KNOBS = {
   "checkpoint.keep_every": Knob(50, "training", {"checkpoint.keep": 1}),
   "sample.count": Knob(48, "sampling"),
   "sample.batch_size": Knob(16, "sampling"),
+  "sample.plan": Knob("20@k4 20@k1", "sampling", ELIT),
   "sample.steps": Knob(20, "sampling"),
   "sample.solver": Knob("heun", "sampling"),
+  "sample.reuse": Knob(0.1, "sampling"),
   "sample.budgets": Knob(("k1",), "sampling", ELIT),
   "sample.classes": Knob((3, 1), "sampling"),
   "sample.decoder": Knob("random:1", "sampling", TINY),
@@ -132,6 +134,7 @@ KNOBS = {
   "guidance.channels": Knob(
     "three", "sampling evaluation", GUIDED | {"data.shape": (8, 8, 4)}
   ),
+  "guidance.way": Knob("calls", "sampling", GUIDED),
   "eval.draws": Knob(8, "evaluation"),
   "eval.count": Knob(100, "evaluation"),
   "eval.guidance_scale": Knob(3.0, "evaluation"),
@@ -238,8 +241,8 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
 
     return {budget: fake(budget) for budget in budgets}
 
-  def compile_sampler(fn, model, size, mesh, *numbers):
-    def draw(params, seed, index, label, *numbers):
+  def drawer(self, programs):
+    def draw(params, seed, index, label, plan):
       found.shown.append(params.tolist())
       return np.zeros((len(index), *config.data.shape))
 
@@ -254,7 +257,8 @@ def dry_run(config: config_lib.Config, bad: bool = False) -> SimpleNamespace:
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(train, "warm_up", warm_up)
     patch.setattr(train, "init_state", init_state)
-    patch.setattr(sample, "compile_sampler", compile_sampler)
+    patch.setattr(sample.Sampler, "jobs", lambda *_: {"start": lambda: None})
+    patch.setattr(sample.Sampler, "drawer", drawer)
     patch.setitem(sys.modules, "wandb", found.wandb)
     for name in ("start_trace", "stop_trace"):
       patch.setattr(
@@ -316,10 +320,13 @@ def recorded(run, config: config_lib.Config) -> list:
     calls.append(f"average {config.sample.ema}")
     return 7, {}
 
+  def meter(times_n):
+    return np.full(len(times_n), 0.04)
+
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(jax.stages.Lowered, "compile", compile_nothing)
     patch.setattr(sample, "load_ema", load_ema)
-    patch.setattr(evaluate, "meter_of", lambda config, workdir: None)
+    patch.setattr(evaluate, "meter_of", lambda *_: meter)
     # The first of what both write after the folder is their rows.
     for module, name in ((evaluate, "write"), (plots, "write")):
       patch.setattr(module, name, lambda *given: calls.extend(protocols(given)))

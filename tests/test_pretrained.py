@@ -54,7 +54,7 @@ def test_an_image_depends_on_its_place_seed_and_class_alone(model):
 
 def test_programs_are_kept(model, monkeypatch):
   model.sample([1, 2], "k1")
-  monkeypatch.setattr(sample, "compile_sampler", lambda *_: pytest.fail("compiled"))
+  monkeypatch.setattr(sample.Sampler, "compile", lambda *_: pytest.fail("compiled"))
   model.sample([2, 2], "k1", seed=3)
 
 
@@ -75,7 +75,7 @@ def test_the_price_is_known_before(model):
     ({"classes": [-1]}, "class -1"),
     ({"classes": [1], "budget": "k77"}, "77"),
     ({"classes": [1], "budget": 5}, "5"),
-    ({"classes": [1], "guidance": 0.5}, "guidance scale 0.5 must be at least 1"),
+    ({"classes": [1], "guidance": -0.5}, "guidance scale -0.5 must be at least 0"),
     ({"classes": [1], "seed": -1}, r"seed -1 must lie in \[0, 2\*\*32\)"),
     ({"classes": [1], "solver": "rk9"}, "rk9"),
     ({"classes": [1], "steps": -2}, "at least one step"),
@@ -88,7 +88,7 @@ def test_the_price_is_known_before(model):
   ],
 )
 def test_what_it_cannot_do_is_a_sentence(model, monkeypatch, arguments, words):
-  monkeypatch.setattr(sample, "compile_sampler", lambda *_: pytest.fail("compiled"))
+  monkeypatch.setattr(sample.Sampler, "compile", lambda *_: pytest.fail("compiled"))
   with pytest.raises(ConfigError, match=words):
     model.sample(**arguments)
 

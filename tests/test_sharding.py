@@ -138,12 +138,11 @@ def samples(mesh):
   config = make_config(mesh, **CASES["elit"], guidance={"scale": 2.0, "budget": "k1"})
   model, mesh = config_lib.build_model(config), on(mesh)
   (plan,) = config_lib.plans(config, model)
-  fn = sample.sample_fn(model, plan, "euler", "linear", config.data.shape)
   # A batch of 10 on eight devices is padded to 16.
-  draw = sample.compile_sampler(fn, model, 10, mesh)
+  draw = sample.from_config(config, model, mesh, 10).compile([plan])
   params = start("elit")["params"]
   placed = sharding.shardings(sharding.place(mesh, params))
-  return draw(jax.device_put(params, placed), 0, np.arange(3, 13), np.arange(10))
+  return draw(jax.device_put(params, placed), 0, np.arange(3, 13), np.arange(10), plan)
 
 
 # --- what the rules say ---------------------------------------------------------------

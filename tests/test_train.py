@@ -90,9 +90,9 @@ def finished(tmp_path_factory):
   step, warm_up = train.train_step, train.warm_up
 
   @functools.wraps(step)
-  def traced(config, model, budget, state, batch):
+  def traced(config, model, budget, *more, **when):
     found.traces.append(budget)
-    return step(config, model, budget, state, batch)
+    return step(config, model, budget, *more, **when)
 
   def kept(*arguments):
     found.programs = warm_up(*arguments)

@@ -10,7 +10,7 @@ from cheap_training import ELIT, KEPT, bits, cheap_programs, make_config, mesh_o
 
 from elit_jax import config as config_lib
 from elit_jax import ema, optim, sharding, train
-from elit_jax.budget import Budget, draw_budget
+from elit_jax.budget import Budget, TimedBudget, draw_budget
 from elit_jax.models import denoiser
 
 
@@ -91,7 +91,7 @@ def step_of():
     if (devices, pieces) not in compiled:
       config = make_config(**STEP, train__accumulation=pieces)
       model = config_lib.build_model(config)
-      (program,) = train.warm_up(config, model, (Budget(),), mesh).values()
+      (program,) = train.warm_up(config, model, (TimedBudget(Budget()),), mesh).values()
       compiled[devices, pieces] = program
     program = compiled[devices, pieces]
 

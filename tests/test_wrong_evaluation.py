@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from elit_jax import config as config_lib
-from elit_jax import evaluate, measure, score, sharding
+from elit_jax import measure, score, sharding
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
 from elit_jax.eval import protocol, statistics
@@ -221,8 +221,8 @@ CASES = {
   ),
   "no steps": (lambda d: make_config(eval__sweep_steps=(0,)), "sweep_steps has 0"),
   "negative guidance": (
-    lambda d: make_config(eval__sweep_scales=(0.5,)),
-    "sweep_scales has 0.5",
+    lambda d: make_config(eval__sweep_scales=(-0.5,)),
+    "sweep_scales has -0.5",
   ),
   "one replicate": (
     lambda d: make_config(eval__bootstrap=1),
@@ -235,10 +235,6 @@ CASES = {
   "fewer than no seeds": (
     lambda d: make_config(eval__sweep_seeds=-1),
     "sweep_seeds is -1: it must not be negative",
-  ),
-  "reuse without a calibration": (
-    lambda d: evaluate.sweep(make_config(eval__sweep_reuse=(0.1,)), d / "run"),
-    "sweep_reuse is .*calibration.json.*--mode=calibrate",
   ),
   "latents are no pictures": (
     lambda d: measure.instruments(

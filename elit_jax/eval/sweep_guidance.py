@@ -60,6 +60,9 @@ def guidance_png(path: str | os.PathLike, sweep: Sweep) -> None:
       drawing.curve(axes, drawn, style, APART * (i - (len(found) - 1) / 2))
     axes.set_xlabel("guidance scale  (1: none)")
   _by_cost(panels[-1], names[0], rows, groups)
+  drawing.note(
+    figure, "Curves are set a little apart sideways; their scales are the same."
+  )
   drawing.legend(figure, panels)
   drawing.save(figure, path)
 

@@ -30,7 +30,9 @@ from elit_jax.eval.sweep_rows import (
 REUSED = Style("TeaCache (threshold)", drawing.GREEN, "D")
 STEPS = Style("fewer steps (number), nothing reused", drawing.ORANGE, "s")
 SEED = Style("one seed", drawing.GREY, "o")
-MEAN = Style("mean, and standard deviation over seeds", drawing.PLAIN_COLOUR, "D", 6)
+MEAN = Style(
+  "mean, and standard deviation over seeds", drawing.PLAIN_COLOUR, "D", 6, "none"
+)
 # Student's t that 2.5 % exceed, by degrees of freedom from 1 on; 2 beyond.
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 
@@ -151,13 +153,16 @@ def _arms(axes: Axes, metric: str, groups: Mapping[str, list[Row]]) -> None:
     points(group, metric, lambda row, x=x: x)  # type: ignore[misc]
     for x, group in enumerate(groups.values())
   ]
-  drawing.metric_axis(axes, metric, ([p._replace(error=0) for p in e] for e in every))
-  axes.grid(visible=False, axis="x")
-  for found in filter(None, every):
-    drawing.dots(axes, [p._replace(x=p.x - 0.12) for p in found], SEED)
+  every = [[point._replace(error=0) for point in found] for found in every if found]
+  means = []
+  for found in every:
     over = spread([point.value for point in found])
-    place = Point(found[0].x + 0.12, over.mean, over.deviation, found[0].row)
-    drawing.curve(axes, [place], MEAN._replace(line="none"))
+    means.append(Point(found[0].x, over.mean, over.deviation, found[0].row))
+  drawing.metric_axis(axes, metric, [*every, means])
+  axes.grid(visible=False, axis="x")
+  for found in every:
+    drawing.dots(axes, [point._replace(x=point.x - 0.12) for point in found], SEED)
+  drawing.curve(axes, [point._replace(x=point.x + 0.12) for point in means], MEAN)
   labels = [
     f"{name.replace(' then ', chr(10) + 'then ')}\n"
     f"{drawing.number(cost(group[0]))} GFLOPs"

@@ -4,7 +4,7 @@ from elit_jax.errors import ConfigError
 from elit_jax.flow.ddpm import noise_and_variance_loss, noise_loss
 from elit_jax.flow.matching import FlowMatching, Null, SampleLoss, velocity_loss
 from elit_jax.flow.process import PROCESSES, process
-from elit_jax.flow.times import time_sampler
+from elit_jax.flow.times import time_sampler, with_shift
 
 # By what the network predicts, and whether it learns its variance.
 LOSSES: dict[tuple[str, bool], SampleLoss] = {
@@ -21,10 +21,11 @@ def make_objective(
   null: Null,
   prediction: str = "velocity",
   learns_variance: bool = False,
+  shift: float = 1.0,
 ) -> FlowMatching:
   """The objective of these config values; raises ConfigError if they do not fit.
 
-  null: turns labels into those of the unconditional network.
+  null: turns labels into those of the unconditional network. shift: of the times.
   """
   found = process(path)
   if learns_variance and not found.steps:
@@ -33,5 +34,11 @@ def make_objective(
       f"config.flow.path is {path!r}, but the variance that this model learns is that "
       f"of counted steps: use {' or '.join(map(repr, counted))}, or another preset"
     )
+  if found.steps and shift != 1:
+    raise ConfigError(
+      f"config.flow.shift: shift '{shift:g}' moves times, but the path {path!r} counts "
+      "its own: use '1', or another path"
+    )
   loss = LOSSES[prediction, learns_variance]
-  return FlowMatching(found, time_sampler(time), label_dropout, null, loss=loss)
+  drawn = with_shift(time_sampler(time), shift)
+  return FlowMatching(found, drawn, label_dropout, null, loss=loss)

@@ -1,5 +1,8 @@
 """A network is five pure functions: embed -> head -> core -> tail -> unembed."""
 
+import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,12 +13,15 @@ from elit_jax.budget import Budget
 from elit_jax.models.spec import (
   Blocks,
   Model,
+  Read,
+  find,
   grid_of,
+  kept,
   learns_variance,
   names,
   seams,
 )
-from elit_jax.models.stages import Params, Stream, fold, init_stage, run_stage
+from elit_jax.models.stages import Params, Stream, fold, init_stage, keep, run_stage
 from elit_jax.nn import embed as nn_embed
 from elit_jax.nn.partition import split_batch
 from elit_jax.nn.position import sincos_table
@@ -77,10 +83,16 @@ def embed(
   parts = _parts(model)
   tokens_BND = parts["patch"].apply({"params": params["patch"]}, x)
   tokens_BND = tokens_BND + sincos_table(grid, model.width)[None]
-  clock = t_B if model.time.noise_at == 1 else 1 - t_B
-  time_BD = parts["time"].apply({"params": params["time"]}, model.time.scale * clock)
+  time_BD = time_embedding(model, params, t_B)
   label_BD = parts["label"].apply({"params": params["label"]}, label_B)
   return Stream(split_batch(tokens_BND), split_batch(time_BD + label_BD), grid)
+
+
+def time_embedding(model: Model, params: Params, t_B: jax.Array) -> jax.Array:
+  """Embedding (B, D) in fp32 of our times, on the network's own clock."""
+  clock = t_B if model.time.noise_at == 1 else 1 - t_B
+  part = _parts(model)["time"]
+  return part.apply({"params": params["time"]}, model.time.scale * clock)
 
 
 def _run(
@@ -94,7 +106,44 @@ def _run(
 
 def head(model: Model, params: Params, stream: Stream, budget: Budget) -> Stream:
   """Everything up to and with Read; nothing where a model has no interface."""
-  return _run(model, params, stream, budget, slice(0, seams(model)[0]))
+  return heads(model, params, stream, (budget,))[0]
+
+
+def heads(
+  model: Model, params: Params, stream: Stream, budgets: Sequence[Budget]
+) -> tuple[Stream, ...]:
+  """What enters the core at each budget, of one head and one Read at the largest."""
+  read = find(model, Read)
+  if not isinstance(read, Read):
+    return (stream,) * len(budgets)
+  largest = max(budgets, key=functools.partial(kept, read))
+  stream = _run(model, params, stream, largest, slice(0, seams(model)[0]))
+  return tuple(keep(model, read, stream, budget) for budget in budgets)
+
+
+def pack(streams: Sequence[Stream]) -> Stream:
+  """Streams of one batch as one sequence for the core, which mixes none of them."""
+  return Stream(
+    split_batch(jnp.concatenate([stream.x for stream in streams], axis=1)),
+    split_batch(jnp.stack([stream.c for stream in streams], axis=1)),
+    streams[0].grid,
+    segments=tuple(stream.x.shape[1] for stream in streams),
+  )
+
+
+def unpack(packed: Stream, streams: Sequence[Stream]) -> tuple[Stream, ...]:
+  """What the core made of each of the streams that were packed, in their order."""
+  assert packed.segments is not None
+  ends = [*itertools.accumulate(packed.segments)]
+
+  def split(x: jax.Array) -> list[jax.Array]:
+    return jnp.split(x, ends[:-1], axis=1)
+
+  taps = [split(tap) for tap in packed.taps]
+  return tuple(
+    dataclasses.replace(stream, x=x, taps=stream.taps + tuple(tap[i] for tap in taps))
+    for i, (stream, x) in enumerate(zip(streams, split(packed.x), strict=True))
+  )
 
 
 def core(model: Model, params: Params, stream: Stream, budget: Budget) -> Stream:

@@ -7,7 +7,7 @@ names, token counts, legality and FLOPs.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from elit_jax.budget import Budget, parse_budget
 from elit_jax.errors import ConfigError
@@ -227,11 +227,14 @@ class Cost:
   """A stage's tokens (that attention sees) and FLOPs in one forward pass of one sample.
 
   FLOPs are 2 a multiply-add of matmuls, convolutions and attention, nothing else.
+  linear: those of them in linear layers on tokens, patches in and out among these;
+  not products of attention, nor what is computed once a sample from the condition.
   """
 
   name: str
   tokens: int
   flops: int
+  linear: int
 
 
 def costs(model: Model, shape: Sequence[int], budget: Budget) -> list[Cost]:
@@ -241,30 +244,37 @@ def costs(model: Model, shape: Sequence[int], budget: Budget) -> list[Cost]:
   """
   n, d = math.prod(grid_of(model, shape)), model.width
   patch = math.prod(model.patch)
-  stem = 2 * n * d * model.channels * patch + 2 * (256 * d + d * d)
-  rows, tokens = [Cost("embed", n, stem)], n
+  stem = 2 * n * d * model.channels * patch
+  rows, tokens = [Cost("embed", n, stem + 2 * (256 * d + d * d), stem)], n
   for name, stage in zip(names(model.trunk), model.trunk, strict=True):
-    flops = 0
+    flops = linear = 0
     match stage:
       case Blocks():
-        per_token = 8 * d * d + 4 * d * int(d * stage.mlp_ratio)
-        attn = 4 * tokens * tokens * d
-        flops = stage.count * (12 * d * d + tokens * per_token + attn)
+        flops, linear = _blocks(stage, d, tokens)
       case Read():
         slots, j = math.prod(stage.window), computed(model, stage, budget)
         latents = n // slots * j
-        flops = 14 * d * d + 4 * n * d * d + 8 * latents * d * d + 4 * n * j * d
+        linear = 4 * n * d * d + 8 * latents * d * d
+        flops = 14 * d * d + linear + 4 * n * j * d
         tokens = n // slots * kept(stage, budget)
       case Write():
         slots, j = math.prod(stage.window), _seen(model, budget)
         latents = n // slots * j
-        layer = 8 * n * d * d + 4 * latents * d * d + 4 * n * j * d
-        flops, tokens = stage.depth * layer, n
+        linear = stage.depth * (8 * n * d * d + 4 * latents * d * d)
+        flops, tokens = linear + stage.depth * 4 * n * j * d, n
       case Tap():
         pass
-    rows.append(Cost(name, tokens, flops))
-  out = 4 * d * d + 2 * n * d * patch * model.out_channels
-  return [*rows, Cost("unembed", n, out)]
+    rows.append(Cost(name, tokens, flops, linear))
+  out = 2 * n * d * patch * model.out_channels
+  return [*rows, Cost("unembed", n, 4 * d * d + out, out)]
+
+
+def _blocks(stage: Blocks, d: int, *tokens: int) -> tuple[int, int]:
+  """FLOPs, and those of linear layers, of blocks on sequences packed as one."""
+  n = sum(tokens)
+  linear = stage.count * n * (8 * d * d + 4 * d * int(d * stage.mlp_ratio))
+  attn, modulation = 4 * n * n * d, 12 * d * d * len(tokens)
+  return linear + stage.count * (attn + modulation), linear
 
 
 def _seen(model: Model, budget: Budget) -> int:
@@ -275,6 +285,49 @@ def _seen(model: Model, budget: Budget) -> int:
 def flops(model: Model, shape: Sequence[int], budget: Budget = Budget()) -> int:
   """FLOPs of one forward pass of one sample of `shape` (*space, channels)."""
   return sum(cost.flops for cost in costs(model, shape, budget))
+
+
+def linear_flops(model: Model, shape: Sequence[int], budget: Budget = Budget()) -> int:
+  """FLOPs of the trunk's linear layers on tokens, in one forward pass of one sample.
+
+  The cost axis of ELIT's figure on TeaCache, which counts what the cache wraps: neither
+  patches in nor patches out.
+  """
+  return sum(cost.linear for cost in costs(model, shape, budget)[1:-1])
+
+
+class Parts(NamedTuple):
+  """FLOPs of the five functions of a network for one sample.
+
+  The head includes Read and the tail Write; both are 0 where there is no interface.
+  """
+
+  embed: int
+  head: int
+  core: int
+  tail: int
+  unembed: int
+
+
+def parts(model: Model, shape: Sequence[int], *budgets: Budget) -> Parts:
+  """FLOPs of a forward pass by part; of several budgets, packed in the core.
+
+  Packed, every token meets every other in attention, which is what a kernel computes
+  that skips nothing; all else is the sum over the budgets.
+  """
+  first, last = seams(model)
+  columns = [costs(model, shape, budget) for budget in budgets]
+  # The same stage at every budget.
+  embed, *trunk, unembed = (
+    sum(cost.flops for cost in row) for row in zip(*columns, strict=True)
+  )
+  lengths = [core_tokens(model, shape, budget) for budget in budgets]
+  core = sum(
+    _blocks(stage, model.width, *lengths)[0]
+    for stage in model.trunk[first:last]
+    if isinstance(stage, Blocks)
+  )
+  return Parts(embed, sum(trunk[:first]), core, sum(trunk[last:]), unembed)
 
 
 def core_tokens(model: Model, shape: Sequence[int], budget: Budget) -> int:

@@ -43,7 +43,7 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["x", "c", "patches", "latents", "taps"],
-  meta_fields=["grid"],
+  meta_fields=["grid", "segments"],
 )
 @dataclasses.dataclass(frozen=True)
 class Stream:
@@ -52,6 +52,8 @@ class Stream:
   x: tokens (B, N, D); between Read and Write the kept latents (B, G J, D), group by
   group. c: condition (B, D). patches, latents: between Read and Write the grouped
   tokens (B, G, n, D) and all latents of Read (B, G, J, D). taps: REPA projections.
+  segments: of a packed stream, the lengths of the S sequences that lie one after the
+  other in x, each under its own condition: c is (B, S, D).
   """
 
   x: jax.Array
@@ -60,6 +62,7 @@ class Stream:
   patches: jax.Array | None = None
   latents: jax.Array | None = None
   taps: tuple[jax.Array, ...] = ()
+  segments: tuple[int, ...] | None = None
 
 
 def fold(key: jax.Array, name: str) -> jax.Array:
@@ -139,9 +142,8 @@ def run_stage(
       latents, patches = _read(model, stage).apply(
         {"params": params}, stream.x, stream.c, stream.grid, count
       )
-      core = latents[:, :, : kept(stage, budget)]
-      x = split_batch(core.reshape(core.shape[0], -1, model.width))
-      return dataclasses.replace(stream, x=x, patches=patches, latents=latents)
+      stream = dataclasses.replace(stream, patches=patches, latents=latents)
+      return keep(model, stage, stream, budget)
     case Write():
       assert stream.patches is not None
       latents = restore_latents(model, stream, budget)
@@ -159,6 +161,19 @@ def run_stage(
       return dataclasses.replace(stream, taps=stream.taps + taps)
 
 
+def keep(model: Model, read: Read, stream: Stream, budget: Budget) -> Stream:
+  """What enters the core at a budget, from what Read left at this or a larger one.
+
+  Latents do not see each other in Read, so that the first ones are those that it would
+  have computed alone.
+  """
+  assert stream.latents is not None
+  latents = stream.latents[:, :, : computed(model, read, budget)]
+  core = latents[:, :, : kept(read, budget)]
+  x = split_batch(core.reshape(core.shape[0], -1, model.width))
+  return dataclasses.replace(stream, x=x, latents=latents)
+
+
 def restore_latents(model: Model, stream: Stream, budget: Budget) -> jax.Array:
   """Latents (B, G, J, D) that Write sees: the core's, then the dropped as Read left."""
   read = find(model, Read)
@@ -174,7 +189,8 @@ def _run_blocks(
   module = _block(model, stage)
 
   def body(x_BND: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-    return split_batch(module.apply({"params": layer}, x_BND, stream.c)), None
+    y_BND = module.apply({"params": layer}, x_BND, stream.c, stream.segments)
+    return split_batch(y_BND), None
 
   body = REMAT[model.compute.remat](body)
   if model.compute.scan:

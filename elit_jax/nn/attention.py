@@ -6,11 +6,12 @@ Heads stay an axis of their own, so they can be sharded; the sequence never is.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
@@ -316,11 +317,18 @@ def _pad(
   return longer(q_BNAK), longer(k_BMAK), longer(v_BMAK), ids
 
 
+def segment_ids(batch: int, lengths: Sequence[int]) -> Segments:
+  """Ids (B, N), as queries and as keys, of sequences one after the other."""
+  ids_N = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+  ids_BN = jnp.broadcast_to(ids_N, (batch, ids_N.size))
+  return ids_BN, ids_BN
+
+
 class SelfAttention(nn.Module):
   """Multi-head self-attention with one fused qkv projection.
 
   `qk_norm` puts a LayerNorm over each head's channels (affine, eps 1e-5) on queries
-  and keys.
+  and keys. `segments`: lengths of sequences that each attend to themselves alone.
   """
 
   heads: int
@@ -329,7 +337,9 @@ class SelfAttention(nn.Module):
   backend: str = "auto"
 
   @nn.compact
-  def __call__(self, x_BND: jax.Array) -> jax.Array:
+  def __call__(
+    self, x_BND: jax.Array, segments: Sequence[int] | None = None
+  ) -> jax.Array:
     width = x_BND.shape[-1]
     shape = (3, self.heads, width // self.heads)
     qkv_BN3AK = linear(shape, name="qkv", dtype=self.dtype)(x_BND)
@@ -338,7 +348,8 @@ class SelfAttention(nn.Module):
       q_BNAK = nn.LayerNorm(epsilon=1e-5, name="q_norm")(q_BNAK.astype(jnp.float32))
       k_BNAK = nn.LayerNorm(epsilon=1e-5, name="k_norm")(k_BNAK.astype(jnp.float32))
     q_BNAK, k_BNAK = q_BNAK.astype(self.dtype), k_BNAK.astype(self.dtype)
-    out_BNAK = attention(q_BNAK, k_BNAK, v_BNAK, backend=self.backend)
+    ids = None if segments is None else segment_ids(x_BND.shape[0], segments)
+    out_BNAK = attention(q_BNAK, k_BNAK, v_BNAK, ids, self.backend)
     return linear(width, name="out", dtype=self.dtype, inputs=2)(out_BNAK)
 
 

@@ -1,5 +1,6 @@
 """Norms and adaptive modulation (adaLN)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,11 +35,22 @@ def modulate(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> ja
   return x_BND * (1 + scale_B1D) + shift_B1D
 
 
+def spread(x_BSD: jax.Array, segments: Sequence[int]) -> jax.Array:
+  """One vector a segment to one a token (B, N, D); `segments` are their lengths."""
+  batch, _, width = x_BSD.shape
+  parts = [
+    jnp.broadcast_to(x_BSD[:, i : i + 1], (batch, length, width))
+    for i, length in enumerate(segments)
+  ]
+  return jnp.concatenate(parts, axis=1)
+
+
 class Modulation(nn.Module):
   """`chunks` modulation vectors from the condition: Linear(SiLU(c)), zero at init.
 
   Maps c (B, D) to a list of `chunks` arrays (B, 1, D), in the order of the papers:
-  shift, scale, gate for attention, then for the MLP.
+  shift, scale, gate for attention, then for the MLP. With `segments`, the lengths of
+  S sequences that lie one after the other, maps c (B, S, D) to arrays (B, N, D).
   """
 
   chunks: int
@@ -46,10 +58,14 @@ class Modulation(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, c_BD: jax.Array) -> list[jax.Array]:
-    out_BCD = linear(
+  def __call__(
+    self, c: jax.Array, segments: Sequence[int] | None = None
+  ) -> list[jax.Array]:
+    out = linear(
       (self.chunks, self.width), name="linear", dtype=self.dtype, init=zeros
-    )(nn.silu(c_BD))
+    )(nn.silu(c))
     # Whole in D: or else the residual stream would follow it over the tensor axis.
-    out_BCD = split_batch(out_BCD.astype(jnp.float32))
-    return [out_BCD[:, i : i + 1] for i in range(self.chunks)]
+    out = split_batch(out.astype(jnp.float32))
+    if segments is None:
+      return [out[:, i : i + 1] for i in range(self.chunks)]
+    return [spread(out[:, :, i], segments) for i in range(self.chunks)]

@@ -58,7 +58,8 @@ def stride(total: int, count: int) -> list[int]:
 SPACINGS = {"even": even, "stride": stride}
 
 
-def _respaced(process: Process, steps: int, spacing: str) -> np.ndarray:
+def respaced(process: Process, steps: int, spacing: str) -> np.ndarray:
+  """Some of the times that the path counts, or equal steps where it counts none."""
   if not process.steps:
     return uniform(process, steps)
   indices = np.array(SPACINGS[spacing](process.steps, steps)[::-1])
@@ -87,7 +88,7 @@ def ddim(eta: float = 0.0, spacing: str = "stride") -> Stepper:
     }
 
   return Stepper(
-    times=lambda process, steps: _respaced(process, steps, spacing),
+    times=lambda process, steps: respaced(process, steps, spacing),
     coefficients=coefficients,
     step=noisy_step if eta else linear_step,
   )
@@ -128,7 +129,7 @@ def ddpm(variance: str = "learned", spacing: str = "even") -> Stepper:
     return Carry(mean + std * now.noise(), carry.state, cache)
 
   return Stepper(
-    times=lambda process, steps: _respaced(process, steps, spacing),
+    times=lambda process, steps: respaced(process, steps, spacing),
     coefficients=coefficients,
     step=step,
   )

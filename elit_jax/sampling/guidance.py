@@ -1,34 +1,196 @@
-"""Guidance as combinators on `Predict`; a sampler never knows about it."""
+"""Guidance: how the branches of one evaluation are run, and mixed.
 
-from collections.abc import Callable
+A sampler never knows about it, nor about caches: both are made around a network here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from elit_jax.budget import Budget
+from elit_jax.sampling.network import Network, Null, Stream, trunk
+
 Cache = Any
+Tokens = tuple[jax.Array, ...]
 
 
 class At(NamedTuple):
   """One evaluation of the network, as scalars made on the host.
 
-  t: time. scale: guidance scale. guided: whether this evaluation is guided.
+  t: time. scale: guidance scale. guided: whether this evaluation is guided. run:
+  whether its trunk is run, and not replaced by what a cache holds.
   """
 
   t: jax.Array
   scale: jax.Array
   guided: jax.Array
+  run: jax.Array | bool = True
 
 
 # (cache, x (B, ..., C), when, condition (B, ...)) to (cache, prediction (B, ..., C)),
 # with C more channels where a variance is learned. A plain network hands its cache on.
 Predict = Callable[[Cache, jax.Array, At, jax.Array], tuple[Cache, jax.Array]]
-Null = Callable[[jax.Array], jax.Array]
 
 
-def unconditional(predict: Predict, null: Null) -> Predict:
-  """The same network under the null condition."""
-  return lambda cache, x, at, cond: predict(cache, x, at, null(cond))
+class Opened(NamedTuple):
+  """An evaluation cut open around its trunk, so that a cache may stand in for that.
+
+  inputs: tokens of each branch, the strong one first, as the head takes them. middle:
+  runs head, core and tail, and gives the tokens that leave it. close: the predictions.
+  """
+
+  inputs: Tokens
+  middle: Callable[[], Tokens]
+  close: Callable[[Tokens], tuple[jax.Array, ...]]
+
+
+# (x, t, condition) to an evaluation of one branch or of two.
+Opening = Callable[[jax.Array, jax.Array, jax.Array], Opened]
+# (cache, when, inputs, middle) to (cache, what leaves the trunk).
+Policy = Callable[[Cache, At, Tokens, Callable[[], Tokens]], tuple[Cache, Tokens]]
+
+
+def always_run(
+  cache: Cache, at: At, inputs: Tokens, middle: Callable[[], Tokens]
+) -> tuple[Cache, Tokens]:
+  """No cache."""
+  return cache, middle()
+
+
+def alone(network: Network, budget: Budget) -> Opening:
+  """One branch."""
+
+  def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
+    stream = network.embed(x, t, cond)
+    return _opened(network, [stream], lambda: [trunk(network, stream, budget)])
+
+  return opened
+
+
+def batch(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> Opening:
+  """Both branches, of one budget, as one batch of twice the size."""
+  del weak
+
+  def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
+    both = jnp.concatenate([cond, weak_cond(cond)])
+    stream = network.embed(jnp.concatenate([x, x]), t, both)
+
+    def middle() -> Tokens:
+      return tuple(jnp.split(trunk(network, stream, strong).x, 2))
+
+    def close(outputs: Tokens) -> tuple[jax.Array, ...]:
+      whole = dataclasses.replace(stream, x=jnp.concatenate(outputs))
+      return tuple(jnp.split(network.unembed(whole), 2))
+
+    return Opened(tuple(jnp.split(stream.x, 2)), middle, close)
+
+  return opened
+
+
+def calls(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> Opening:
+  """Both branches, one after the other."""
+
+  def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
+    streams = [network.embed(x, t, cond), network.embed(x, t, weak_cond(cond))]
+    pairs = [*zip(streams, (strong, weak), strict=True)]
+    return _opened(network, streams, lambda: [trunk(network, *pair) for pair in pairs])
+
+  return opened
+
+
+def shared(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> Opening:
+  """Both branches of one condition: the same tokens and head, and two cores."""
+  del weak_cond
+
+  def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
+    stream = network.embed(x, t, cond)
+
+    def middle() -> list[Stream]:
+      entered = network.heads(stream, (strong, weak))
+      pairs = zip(entered, (strong, weak), strict=True)
+      return [network.tail(network.core(*pair), pair[1]) for pair in pairs]
+
+    return _opened(network, [stream, stream], middle)
+
+  return opened
+
+
+def packed(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> Opening:
+  """Both branches as one sequence in the core; of one condition the head is shared."""
+  budgets = (strong, weak)
+
+  def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
+    first, other = network.embed(x, t, cond), weak_cond(cond)
+    streams = [first, first if other is cond else network.embed(x, t, other)]
+
+    def middle() -> list[Stream]:
+      if other is cond:
+        entered = network.heads(first, budgets)
+      else:
+        pairs = zip(streams, budgets, strict=True)
+        entered = tuple(network.heads(stream, (b,))[0] for stream, b in pairs)
+      left = network.unpack(network.core(network.pack(entered), strong), entered)
+      return [network.tail(stream, b) for stream, b in zip(left, budgets, strict=True)]
+
+    return _opened(network, streams, middle)
+
+  return opened
+
+
+# How two branches are run.
+WAYS: dict[str, Callable[[Network, Budget, Budget, Null], Opening]] = {
+  "batch": batch,
+  "calls": calls,
+  "shared": shared,
+  "packed": packed,
+}
+
+
+def _opened(
+  network: Network,
+  streams: Sequence[Stream],
+  middle: Callable[[], Sequence[Stream]],
+) -> Opened:
+  def close(outputs: Tokens) -> tuple[jax.Array, ...]:
+    pairs = zip(streams, outputs, strict=True)
+    return tuple(network.unembed(dataclasses.replace(s, x=x)) for s, x in pairs)
+
+  return Opened(
+    tuple(stream.x for stream in streams),
+    lambda: tuple(stream.x for stream in middle()),
+    close,
+  )
+
+
+def plain(opening: Opening, policy: Policy = always_run) -> Predict:
+  """The prediction of the one branch; what the cache holds of others stays."""
+
+  def predict(
+    cache: Cache, x: jax.Array, at: At, cond: jax.Array
+  ) -> tuple[Cache, jax.Array]:
+    opened = opening(x, at.t, cond)
+    new, outputs = policy(cache[:1], at, opened.inputs, opened.middle)
+    (out,) = opened.close(outputs)
+    return (*new, *cache[1:]), out
+
+  return predict
+
+
+def guided(opening: Opening, channels: int, policy: Policy = always_run) -> Predict:
+  """Two branches, mixed in the first channels."""
+
+  def predict(
+    cache: Cache, x: jax.Array, at: At, cond: jax.Array
+  ) -> tuple[Cache, jax.Array]:
+    opened = opening(x, at.t, cond)
+    cache, outputs = policy(cache, at, opened.inputs, opened.middle)
+    strong, weak = opened.close(outputs)
+    return cache, mix(strong, weak, at.scale, channels)
+
+  return predict
 
 
 def mix(
@@ -40,33 +202,6 @@ def mix(
   if channels == strong.shape[-1]:
     return mixed
   return jnp.concatenate([mixed, strong[..., channels:]], -1)
-
-
-def guided(strong: Predict, weak: Predict, channels: int) -> Predict:
-  """Guidance in two calls (cheap CFG, AutoGuidance)."""
-
-  def predict(
-    cache: Cache, x: jax.Array, at: At, cond: jax.Array
-  ) -> tuple[Cache, jax.Array]:
-    cache, out_strong = strong(cache, x, at, cond)
-    cache, out_weak = weak(cache, x, at, cond)
-    return cache, mix(out_strong, out_weak, at.scale, channels)
-
-  return predict
-
-
-def guided_jointly(network: Predict, null: Null, channels: int) -> Predict:
-  """Classifier-free guidance at one budget, as one call on a doubled batch."""
-
-  def predict(
-    cache: Cache, x: jax.Array, at: At, cond: jax.Array
-  ) -> tuple[Cache, jax.Array]:
-    both = jnp.concatenate([cond, null(cond)])
-    cache, out = network(cache, jnp.concatenate([x, x]), at, both)
-    out_strong, out_weak = jnp.split(out, 2)
-    return cache, mix(out_strong, out_weak, at.scale, channels)
-
-  return predict
 
 
 def where_guided(with_guidance: Predict, without: Predict) -> Predict:

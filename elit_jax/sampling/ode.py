@@ -120,7 +120,7 @@ HEUN = Stepper(
 def runge_kutta(tableau: Tableau) -> Stepper:
   """A stepper of E evaluations; the network is traced once, whatever E is."""
   count = len(tableau.nodes)
-  weights = np.zeros((count + 1, count), np.float32)
+  weights = np.zeros((count + 1, count))
   for row, given in zip(weights, tableau.weights, strict=True):
     row[: len(given)] = given
 
@@ -150,14 +150,14 @@ def runge_kutta(tableau: Tableau) -> Stepper:
 
     given = (
       jnp.arange(count),
-      jnp.asarray(weights[:-1]),
+      jnp.asarray(weights[:-1], x.dtype),
       now.at,
       c["prediction"],
       c["x"],
     )
     start = (carry.cache, jnp.zeros((count, *x.shape), x.dtype))
     (cache, velocities), _ = jax.lax.scan(stage, start, given)
-    x_next = moved(jnp.asarray(weights[-1]), velocities)
+    x_next = moved(jnp.asarray(weights[-1], x.dtype), velocities)
     return Carry(x_next, carry.state, cache)
 
   return Stepper(

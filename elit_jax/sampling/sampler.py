@@ -1,25 +1,18 @@
-"""Runs a plan: one loop a phase, whatever the guidance, solver or network."""
+"""Runs a plan: one loop a phase, whatever the guidance, reuse, solver or network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from elit_jax.budget import Budget
 from elit_jax.flow.process import Prediction, Process
-from elit_jax.sampling.guidance import (
-  Null,
-  Predict,
-  guided,
-  guided_jointly,
-  unconditional,
-  where_guided,
-)
+from elit_jax.sampling import caching, guidance
+from elit_jax.sampling.guidance import Predict
+from elit_jax.sampling.network import Network, Null
 from elit_jax.sampling.plan import Plan
-from elit_jax.sampling.schedule import Form, Schedule, forms_of, schedules
+from elit_jax.sampling.schedule import Form, Schedule, decide, schedules
 from elit_jax.sampling.step import Carry, Now, Stepper
 
-Network = Callable[[Budget], Predict]
 Noise = Callable[[jax.Array], jax.Array]
 
 
@@ -33,66 +26,41 @@ def sample(
   cond: jax.Array,
   noise: Noise,
   prediction: Prediction = "velocity",
+  meter: caching.Meter | None = None,
 ) -> jax.Array:
   """Samples shaped like the noise `x`, by following the plan from t = 1 to t = 0.
 
-  network(budget) makes predictions of the kind `prediction`; null(cond) is the null
+  The network makes predictions of the kind `prediction`; null(cond) is the null
   condition; noise(i) is the noise of step i of the whole plan, shaped like x
-  (stochastic solvers only).
+  (stochastic solvers only). meter: of plans that reuse evaluations.
   """
-  forms = forms_of(plan, stepper, process)
-  numbers = schedules(plan, stepper, process, prediction)
-  return follow(forms, numbers, stepper, network, null, x, cond, noise)
+  decided = decide(plan, stepper, process, meter)
+  numbers = schedules(decided, stepper, process, prediction)
+  carry = Carry(x, stepper.init(x))
+  for phase, schedule in zip(decided, numbers, strict=True):
+    if not phase.goes_on:
+      carry = carry._replace(cache=empty(phase.form, network, x, cond))
+    carry = follow(phase.form, stepper, network, null, carry, cond, noise, schedule)
+  return carry.x
 
 
 def follow(
-  forms: Sequence[Form],
-  numbers: Sequence[Schedule],
+  form: Form,
   stepper: Stepper,
   network: Network,
   null: Null,
-  x: jax.Array,
-  cond: jax.Array,
-  noise: Noise,
-) -> jax.Array:
-  """The same by the forms and schedules of a plan.
-
-  Schedules that are arguments of the program make it one for all plans of these forms
-  that have no more steps than they have rows.
-  """
-  for form, schedule in zip(forms, numbers, strict=True):
-    predict = form_predict(form, network, null, x.shape[-1])
-    x = _loop(stepper, predict, x, cond, noise, schedule)
-  return x
-
-
-def form_predict(form: Form, network: Network, null: Null, channels: int) -> Predict:
-  """The network of a phase under its guidance, specialised to what is ever needed.
-
-  channels: of a sample.
-  """
-  strong = network(form.budget)
-  if form.weak is None:
-    return strong
-  first = min(3, channels) if form.channels == "three" else channels
-  if form.label == "null" and form.weak == form.budget:
-    both = guided_jointly(strong, null, first)
-  else:
-    weak = network(form.weak)
-    if form.label == "null":
-      weak = unconditional(weak, null)
-    both = guided(strong, weak, first)
-  return both if form.always else where_guided(both, strong)
-
-
-def _loop(
-  stepper: Stepper,
-  predict: Predict,
-  x: jax.Array,
+  carry: Carry,
   cond: jax.Array,
   noise: Noise,
   schedule: Schedule,
-) -> jax.Array:
+) -> Carry:
+  """One phase of a plan, by its form and schedule.
+
+  A schedule that is an argument of the program makes it one for all phases of this form
+  that have no more steps than it has rows.
+  """
+  predict = form_predict(form, network, null, carry.x.shape[-1])
+
   def body(i: jax.Array, carry: Carry) -> Carry:
     at, coefficients, step = jax.tree.map(
       lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), schedule[:3]
@@ -101,8 +69,32 @@ def _loop(
     return stepper.step(predict, carry, now, cond)
 
   # A scan where the number of steps is known to the program.
-  start = Carry(x, stepper.init(x))
-  return jax.lax.fori_loop(0, schedule.live, body, start).x
+  return jax.lax.fori_loop(0, schedule.live, body, carry)
+
+
+def form_predict(form: Form, network: Network, null: Null, channels: int) -> Predict:
+  """The network of a phase, specialised to the guidance and reuse that it ever needs.
+
+  channels: of a sample.
+  """
+  policy = caching.POLICIES[form.reuse].reuse if form.reuse else guidance.always_run
+  strong = guidance.plain(guidance.alone(network, form.budget), policy)
+  if form.weak is None:
+    return strong
+  first = min(3, channels) if form.channels == "three" else channels
+  weak_cond = null if form.label == "null" else lambda cond: cond
+  opening = guidance.WAYS[form.way](network, form.budget, form.weak, weak_cond)
+  both = guidance.guided(opening, first, policy)
+  return both if form.always else guidance.where_guided(both, strong)
+
+
+def empty(form: Form, network: Network, x: jax.Array, cond: jax.Array) -> tuple:
+  """A cache that holds nothing yet: () where a form has none."""
+  if not form.reuse:
+    return ()
+  stream = jax.eval_shape(network.embed, x, jnp.float32(1), cond)
+  tokens = jnp.zeros(stream.x.shape, stream.x.dtype)
+  return caching.POLICIES[form.reuse].fresh((tokens,) * form.branches)
 
 
 def initial_noise(

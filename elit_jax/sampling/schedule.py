@@ -1,10 +1,11 @@
-"""A plan in two parts: what a program is compiled for, and the numbers it follows.
+"""A plan in two parts: what programs are compiled for, and the numbers they follow.
 
-How often, when and how strongly are numbers, made on the host in float64: plans that
-differ in nothing else share a program.
+How often, when and how strongly, and which evaluations are guided or reused, are
+numbers, made on the host in float64: phases that differ in nothing else share a
+program, within a plan and among plans.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import Prediction, Process
+from elit_jax.sampling import caching
 from elit_jax.sampling.guidance import At
 from elit_jax.sampling.plan import Phase, Plan, guided_at
 from elit_jax.sampling.step import Stepper, on_device
@@ -21,15 +23,46 @@ from elit_jax.sampling.step import Stepper, on_device
 class Form(NamedTuple):
   """What a program knows of a phase; all else of it is numbers.
 
-  weak, label, channels: the weak branch and what is guided by it; weak None: nothing
-  ever is. always: every evaluation is guided.
+  weak, label, channels, way: the weak branch, what is guided by it, and how both are
+  run (a name in `guidance.WAYS`); weak None: nothing ever is guided. always: every
+  evaluation is. reuse: a name in `caching.POLICIES`; "": nothing is ever reused.
   """
 
   budget: Budget
   weak: Budget | None = None
   label: Literal["null", "same"] = "null"
   channels: Literal["all", "three"] = "all"
+  way: str = ""
   always: bool = False
+  reuse: str = ""
+
+  @property
+  def kind(self) -> "Form":
+    """The same, whether or not every evaluation is guided."""
+    return self._replace(always=False)
+
+  @property
+  def branches(self) -> int:
+    """How many branches of the network there ever are."""
+    return 1 if self.weak is None else 2
+
+
+class Decided(NamedTuple):
+  """A phase with all that is known of its evaluations before any is run.
+
+  first: its first step in the plan. times_SE: of evaluations, in float64. exists_SE,
+  guided_SE, run_SE: whether there is such an evaluation, whether it is guided, and
+  whether it is run and not reused. goes_on: with what the last phase's cache holds.
+  """
+
+  phase: Phase
+  form: Form
+  first: int
+  times_SE: np.ndarray
+  exists_SE: np.ndarray
+  guided_SE: np.ndarray
+  run_SE: np.ndarray
+  goes_on: bool
 
 
 class Schedule(NamedTuple):
@@ -45,108 +78,130 @@ class Schedule(NamedTuple):
   live: jax.Array
 
 
-def forms_of(plan: Plan, stepper: Stepper, process: Process) -> tuple[Form, ...]:
-  """What the plan's own program knows: of guidance only what is ever needed."""
-  times = _times(plan, stepper, process)
-  return tuple(
-    _form(phase)._replace(always=bool(guided_SE.all()))
-    if guided_SE.any()
-    else Form(phase.budget)
-    for phase, _, _, guided_SE in _phases(plan, stepper, times)
-  )
-
-
-def schedules(
+def decide(
   plan: Plan,
   stepper: Stepper,
   process: Process,
-  prediction: Prediction,
-  most: Sequence[int] = (),
-) -> tuple[Schedule, ...]:
-  """The numbers of every phase; with `most`, filled up to so many steps in each.
+  meter: caching.Meter | None = None,
+) -> tuple[Decided, ...]:
+  """Every phase of a plan, down to its single evaluations.
 
-  ConfigError where the solver means nothing on this path, or a phase has more steps.
+  meter: by how much the network's output changes, which reuse goes by. ConfigError
+  where it is needed and missing.
   """
-  times = _times(plan, stepper, process)
+  steps = sum(phase.steps for phase in plan)
+  times_SE = stepper.evaluated(stepper.times(process, steps))
+  exists_SE = stepper.runs(steps)
+  phase_S = np.repeat(np.arange(len(plan)), [phase.steps for phase in plan])
+  guided_SE = np.stack(
+    [guided_at(plan[p].guidance, t) for p, t in zip(phase_S, times_SE, strict=True)]
+  )
+  guided_SE &= exists_SE
+  forms = [
+    _form(phase, guided_SE[phase_S == p], exists_SE[phase_S == p])
+    for p, phase in enumerate(plan)
+  ]
+  goes_on = [
+    p > 0 and bool(forms[p].reuse) and _remembers(forms[p - 1]) == _remembers(forms[p])
+    for p in range(len(plan))
+  ]
+  run_SE = np.ones(exists_SE.shape, bool)
+  if any(form.reuse for form in forms):
+    threshold_S = np.array(
+      [phase.reuse.threshold if phase.reuse else 0 for phase in plan]
+    )[phase_S]
+    first_S = np.diff(phase_S, prepend=-1).astype(bool) & ~np.array(goes_on)[phase_S]
+    first_S |= np.isin(np.arange(steps), (0, steps - 1))
+    run_SE = _run(exists_SE, times_SE, guided_SE, threshold_S, first_S, meter)
+  found, first = [], 0
+  for p, phase in enumerate(plan):
+    span = slice(first, first + phase.steps)
+    found.append(
+      Decided(
+        phase,
+        forms[p],
+        first,
+        times_SE[span],
+        exists_SE[span],
+        guided_SE[span],
+        run_SE[span],
+        goes_on[p],
+      )
+    )
+    first += phase.steps
+  return tuple(found)
+
+
+def _run(
+  exists_SE: np.ndarray,
+  times_SE: np.ndarray,
+  guided_SE: np.ndarray,
+  threshold_S: np.ndarray,
+  first_S: np.ndarray,
+  meter: caching.Meter | None,
+) -> np.ndarray:
+  """Which evaluations are run: all of `first_S`, and those that reuse cannot replace.
+
+  One that is guided after one that was not has no weak branch to go by.
+  """
+  if meter is None:
+    raise ConfigError(
+      f"a plan with teacache {threshold_S.max():g} needs to know how fast this model's "
+      "output changes: measure it with --mode=calibrate"
+    )
+  guided_n = guided_SE[exists_SE]
+  begins_n = guided_n & ~np.append(False, guided_n[:-1])
+  begins_n |= np.broadcast_to(first_S[:, None], exists_SE.shape)[exists_SE]
+  threshold_n = np.broadcast_to(threshold_S[:, None], exists_SE.shape)[exists_SE]
+  run_SE = np.ones(exists_SE.shape, bool)
+  run_SE[exists_SE] = caching.decide(threshold_n, meter(times_SE[exists_SE]), begins_n)
+  return run_SE
+
+
+def _remembers(form: Form) -> tuple[str, int, str]:
+  """A cache outlives its phase where this agrees."""
+  return form.reuse, form.branches, form.label
+
+
+def _form(phase: Phase, guided_SE: np.ndarray, exists_SE: np.ndarray) -> Form:
+  """Of guidance and reuse only what is ever needed."""
+  reuse = phase.reuse.policy if phase.reuse and phase.reuse.threshold > 0 else ""
+  guidance = phase.guidance
+  if guidance is None or not guided_SE.any():
+    return Form(phase.budget, reuse=reuse)
+  weak, way = phase.weak_budget, str(guidance.way)
+  if way == "auto":
+    way = "batch" if weak == phase.budget else "calls"
+    way = "shared" if guidance.label == "same" else way
+  always = bool(guided_SE[exists_SE].all())
+  return Form(phase.budget, weak, guidance.label, guidance.channels, way, always, reuse)
+
+
+def schedules(
+  plan: Sequence[Decided],
+  stepper: Stepper,
+  process: Process,
+  prediction: Prediction,
+) -> tuple[Schedule, ...]:
+  """The numbers of every phase; ConfigError where the solver means nothing here."""
+  steps = sum(decided.phase.steps for decided in plan)
+  times = stepper.times(process, steps)
   coefficients = stepper.coefficients(process, prediction, times)
   made = []
-  for phase, span, evaluated, guided_SE in _phases(plan, stepper, times):
-    scale = phase.guidance.scale if phase.guidance else 1.0
-    at = (evaluated, np.full(guided_SE.shape, scale), guided_SE)
+  for decided in plan:
+    guidance, count = decided.phase.guidance, decided.phase.steps
+    scale = np.full(decided.times_SE.shape, guidance.scale if guidance else 1.0)
+    at = (decided.times_SE, scale, decided.guided_SE, decided.run_SE)
+    span = slice(decided.first, decided.first + count)
     rows = {name: column[span] for name, column in coefficients.items()}
     step = np.arange(span.start, span.stop, dtype=np.int32)
-    at, rows, step, live = on_device((at, rows, step, np.int32(phase.steps)))
+    at, rows, step, live = on_device((at, rows, step, np.int32(count)))
     made.append(Schedule(At(*at), rows, step, live))
-  return tuple(map(_filled, made, most)) if most else tuple(made)
+  return tuple(made)
 
 
-def together(plans: Iterable[Plan]) -> list[tuple[Plan, ...]]:
-  """The plans by the programs they can share, in the order in which those first come.
-
-  Plans of a group have the same budgets and the same kind of guidance, or none.
-  """
-  groups: dict[tuple[Form, ...], list[Plan]] = {}
-  for plan in plans:
-    groups.setdefault(tuple(map(_form, plan)), []).append(plan)
-  return [tuple(group) for group in groups.values()]
-
-
-def common(forms: Sequence[tuple[Form, ...]]) -> tuple[Form, ...]:
-  """What a program for all of these has to know.
-
-  ConfigError where they differ in more than numbers. What is never guided goes with any
-  kind of guidance at its budget, for the price of a branch.
-  """
-  counts = sorted({len(each) for each in forms})
-  if len(counts) != 1:
-    raise ConfigError(
-      f"plans of {' and '.join(map(str, counts))} phases cannot share a program: give "
-      "each number of phases its own"
-    )
-  return tuple(_common(phase) for phase in zip(*forms, strict=True))
-
-
-def _common(forms: Sequence[Form]) -> Form:
-  kinds = {form._replace(always=False) for form in forms}
-  guided = {kind for kind in kinds if kind.weak is not None}
-  if len({kind.budget for kind in kinds}) > 1 or len(guided) > 1:
-    raise ConfigError(
-      f"sampling {' and '.join(sorted(map(_said, kinds)))} cannot share a program: "
-      "give each budget and each kind of guidance its own"
-    )
-  (kind,) = guided or kinds
-  return kind._replace(always=all(form.always for form in forms))
-
-
-def _said(form: Form) -> str:
-  guided = f" guided by {form.weak} ({form.label} label, {form.channels} channels)"
-  return f"at {form.budget}{guided if form.weak is not None else ''}"
-
-
-def _form(phase: Phase) -> Form:
-  """By what is asked for, wherever the evaluations fall."""
-  guidance = phase.guidance
-  if guidance is None or guidance.scale == 1:
-    return Form(phase.budget)
-  return Form(phase.budget, phase.weak_budget, guidance.label, guidance.channels)
-
-
-def _times(plan: Plan, stepper: Stepper, process: Process) -> np.ndarray:
-  return stepper.times(process, sum(phase.steps for phase in plan))
-
-
-def _phases(
-  plan: Plan, stepper: Stepper, times: np.ndarray
-) -> Iterator[tuple[Phase, slice, np.ndarray, np.ndarray]]:
-  """A phase, its steps, and when they evaluate (S, E), and which of these guided."""
-  evaluated, first = stepper.evaluated(times), 0
-  for phase in plan:
-    span = slice(first, first + phase.steps)
-    yield phase, span, evaluated[span], guided_at(phase.guidance, evaluated[span])
-    first += phase.steps
-
-
-def _filled(schedule: Schedule, most: int) -> Schedule:
+def filled(schedule: Schedule, most: int) -> Schedule:
+  """The same with rows that are no steps, so that there are `most`."""
   missing = most - int(schedule.live)
   if missing < 0:
     raise ConfigError(
@@ -159,3 +214,14 @@ def _filled(schedule: Schedule, most: int) -> Schedule:
 
   at, coefficients, step = jax.tree.map(fill, schedule[:3])
   return Schedule(at, coefficients, step, schedule.live)
+
+
+def programs(plans: Iterable[Sequence[Decided]]) -> Mapping[Form, tuple[Form, int]]:
+  """What has to be compiled for some plans: by kind the form, and the most steps."""
+  found: dict[Form, tuple[Form, int]] = {}
+  for decided in (phase for plan in plans for phase in plan):
+    form, steps = decided.form, decided.phase.steps
+    old, most = found.get(form.kind, (form, 0))
+    both = form._replace(always=form.always and old.always)
+    found[form.kind] = both, max(most, steps)
+  return found

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from elit_jax.errors import ConfigError
+from elit_jax.flow import shift as shifts
 from elit_jax.flow.process import Prediction, Process
 from elit_jax.sampling.guidance import At, Cache, Predict
 
@@ -101,6 +103,22 @@ def noisy_step(predict: Predict, carry: Carry, now: Now, cond: jax.Array) -> Car
 def uniform(process: Process, steps: int) -> np.ndarray:
   """Equal steps over the whole span of the process."""
   return np.linspace(*process.span, steps + 1)
+
+
+def shifted(stepper: Stepper, shift: shifts.Shift) -> Stepper:
+  """The same solver on a grid that is moved; no shift is the solver itself."""
+  if shift == shifts.Shift():
+    return stepper
+
+  def times(process: Process, steps: int) -> np.ndarray:
+    if process.steps:
+      raise ConfigError(
+        f"config.sample.shift: shift '{shift}' moves times, but this path counts "
+        f"{process.steps} of its own: use '1', or another path"
+      )
+    return shifts.grid(shift, stepper.times(process, steps))
+
+  return stepper._replace(times=times)
 
 
 def on_device(arrays: Any) -> Any:

@@ -9,8 +9,9 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from elit_jax.errors import ConfigError, lookup
-from elit_jax.sampling import ancestral, ode, stochastic
-from elit_jax.sampling.step import Stepper
+from elit_jax.flow import shift as shifts
+from elit_jax.sampling import ancestral, multistep, ode, stochastic
+from elit_jax.sampling.step import Stepper, shifted
 
 
 class Solver(NamedTuple):
@@ -27,6 +28,7 @@ STEPPERS = {
   "euler": Solver(lambda: ode.EULER),
   "heun": Solver(lambda: ode.HEUN),
   "rk5": Solver(lambda: ode.RK5),
+  "dpm++": Solver(multistep.dpm, {"spacing": ancestral.SPACINGS}),
   "sde": Solver(stochastic.sde, {"form": stochastic.FORMS}, "norm"),
   "ddim": Solver(ancestral.ddim, {"spacing": ancestral.SPACINGS}, "eta"),
   "ddpm": Solver(
@@ -36,10 +38,11 @@ STEPPERS = {
 }
 
 
-def stepper(text: str) -> Stepper:
+def stepper(text: str, shift: str = "1", tokens: int = 0) -> Stepper:
   """The solver that a text such as "heun" or "sde sigma 1.0" describes.
 
-  Raises ConfigError naming what is not known of it.
+  shift: of its grid of times, as flow/shift.py reads it, for samples of so many tokens.
+  Raises ConfigError naming what is not known of either.
   """
   name, *words = text.split() or [""]
   solver = lookup(STEPPERS, name, "solver")
@@ -54,7 +57,8 @@ def stepper(text: str) -> Stepper:
         f"takes {', '.join(known) or 'nothing more'}{', each kind once' * bool(known)}"
       )
     given[argument] = value
-  return solver.make(**given)
+  moved = shifts.of_grid(shift, tokens, "sample.shift")
+  return shifted(solver.make(**given), moved)
 
 
 def _argument(solver: Solver, word: str) -> tuple[str, Any]:

@@ -7,9 +7,9 @@ import functools
 import math
 
 import jax
-import jax.extend.core
 import numpy as np
 import pytest
+from products import products
 
 from elit_jax.errors import ConfigError
 from elit_jax.models import dino as network
@@ -159,22 +159,6 @@ def test_other_images_are_refused(
 
 
 # --- cost -----------------------------------------------------------------------------
-
-
-def products(jaxpr: jax.extend.core.Jaxpr) -> int:
-  """FLOPs of all matmuls of a program, those of a scan once a step."""
-  total = 0
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "dot_general":
-      (contracted, _), _ = eqn.params["dimension_numbers"]
-      summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-      total += 2 * summed * math.prod(eqn.outvars[0].aval.shape)
-    assert eqn.primitive.name != "conv_general_dilated"
-    for inner in jax.tree.leaves(list(eqn.params.values())):
-      inner = getattr(inner, "jaxpr", inner)
-      if hasattr(inner, "eqns"):
-        total += products(inner) * eqn.params.get("length", 1)
-  return total
 
 
 def test_flops_are_those_of_the_matmuls_that_run() -> None:

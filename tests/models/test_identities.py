@@ -7,42 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import (
+  BUDGETS,
+  ELIT,
+  KEPT,
+  PLAIN,
+  SHAPE,
+  SIZE,
+  compiled,
+  inputs,
+  params_of,
+  run,
+)
 
 from elit_jax import surgery
 from elit_jax.budget import Budget
 from elit_jax.models import denoiser, elastic, presets, spec, stages
 from elit_jax.nn import latent_interface
-
-SIZE = presets.Size(depth=5, width=32, heads=2)
-PLAIN = presets.dit(SIZE, (1, 1), channels=2, classes=3)
-ELIT = elastic.elit(PLAIN, (2, 2), head=1, tail=1)
-BUDGETS = tuple(Budget(j) for j in (1, 2, 3, 4))
-SHAPE = (4, 4, 2)
-
-
-@functools.cache
-def params_of(model: spec.Model) -> dict:
-  """Random parameters with no zero among the gates and output layers."""
-
-  def draw(path, leaf):
-    key = stages.fold(jax.random.key(7), jax.tree_util.keystr(path))
-    return 0.1 * np.asarray(jax.random.normal(key, leaf.shape))
-
-  return jax.tree_util.tree_map_with_path(draw, denoiser.abstract_params(model))
-
-
-@functools.cache
-def compiled(model: spec.Model, budget: Budget):
-  return jax.jit(functools.partial(denoiser.apply, model, budget=budget))
-
-
-def inputs(batch: int = 3) -> tuple[jax.Array, jax.Array, jax.Array]:
-  x = jax.random.normal(jax.random.key(1), (batch, *SHAPE))
-  return x, jnp.linspace(0.1, 0.9, batch), jnp.arange(batch) % 4
-
-
-def run(model: spec.Model, params: dict, budget: Budget = Budget()) -> np.ndarray:
-  return np.asarray(compiled(model, budget)(params, *inputs()).velocity)
 
 
 @pytest.mark.parametrize("model", [PLAIN, ELIT], ids=["plain", "elit"])
@@ -137,9 +118,6 @@ def query_gradient(model: spec.Model, budget: Budget) -> np.ndarray:
     return jnp.square(denoiser.apply(model, params, *inputs(), budget).velocity).sum()
 
   return np.abs(jax.jit(jax.grad(loss))(params_of(ELIT))["read"]["query"]).max(-1)
-
-
-KEPT = elastic.elit(PLAIN, (2, 2), head=1, tail=1, sees="kept")
 
 
 def test_dropped_queries_matter_only_where_write_sees_all():

@@ -227,9 +227,61 @@ def test_savings_of_cheap_guidance():
     ("released", 256, 2, 24.2),
   ):
     model = elit("SiT-XL/2", pixels, split)
-    full = spec.flops(model, LATENTS[pixels])
-    low = spec.flops(model, LATENTS[pixels], Budget(latents))
+    full, low = (
+      sum(spec.parts(model, LATENTS[pixels], budget))
+      for budget in (Budget(), Budget(latents))
+    )
     assert 100 * (1 - (full + low) / (2 * full)) == pytest.approx(saved, abs=0.051)
+
+
+@pytest.mark.parametrize("split,saved", [("paper", 11.5), ("released", 19.8)])
+def test_savings_of_one_head_for_both_branches(split: str, saved: float):
+  # What AutoGuidance with 16 and 1 latents computes once in place of twice.
+  model = elit("SiT-XL/2", 256, split)
+  strong, weak = (spec.parts(model, LATENTS[256], Budget(j)) for j in (16, 1))
+  shared = strong.embed + strong.head
+  assert shared == weak.embed + weak.head
+  assert 100 * shared / (sum(strong) + sum(weak)) == pytest.approx(saved, abs=0.051)
+
+
+def test_parts_are_the_whole():
+  models = [(presets.preset(f"{f}-XL/2"), 256) for f in presets.FAMILIES]
+  models += [(elit("SiT-B/2", p, s), p) for p in LATENTS for s in elastic.SPLITS]
+  for model, pixels in models:
+    interface = spec.find(model, spec.Read) is not None
+    budgets = (Budget(1), Budget(5), Budget()) if interface else (Budget(),)
+    alone = [spec.parts(model, LATENTS[pixels], budget) for budget in budgets]
+    for budget, part in zip(budgets, alone, strict=True):
+      assert sum(part) == spec.flops(model, LATENTS[pixels], budget)
+      assert (part.head > 0) == (part.tail > 0) == interface
+    packed = spec.parts(model, LATENTS[pixels], *budgets)
+    assert packed._replace(core=0) == tuple(
+      sum(column) for column in zip(*(p._replace(core=0) for p in alone), strict=True)
+    )
+    lengths = [spec.core_tokens(model, LATENTS[pixels], b) for b in budgets]
+    first, last = spec.seams(model)
+    depth = sum(stage.count for stage in model.trunk[first:last])
+    # Every token of one sequence meets those of the others.
+    met = sum(lengths) ** 2 - sum(n * n for n in lengths)
+    more = packed.core - sum(part.core for part in alone)
+    assert more == 4 * depth * model.width * met
+
+
+def test_cost_of_linear_layers_on_tokens():
+  d, n, depth = 1152, 1024, 28
+  rows = spec.costs(presets.preset("DiT-XL/2"), LATENTS[512], Budget())
+  embed, blocks, unembed = (row.flops - row.linear for row in rows)
+  assert (embed, unembed) == (2 * (256 * d + d * d), 2 * d * 2 * d)
+  assert blocks == depth * (2 * d * 6 * d + 4 * n * n * d)
+
+
+def test_tflops_of_the_figure_on_caching():
+  # systems.md sec. 10: 41 evaluations at 512 px, linear layers alone.
+  figures = {presets.preset("DiT-XL/2"): 37.44}
+  figures |= {elit("DiT-XL/2", 512, split): 38.78 for split in elastic.SPLITS}
+  for model, tflops in figures.items():
+    ours = 41 * spec.linear_flops(model, LATENTS[512]) / 1e12
+    assert ours == pytest.approx(tflops, abs=0.005)
 
 
 def test_budget_table(parity_dir):

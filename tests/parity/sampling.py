@@ -14,6 +14,7 @@ from elit_jax.flow.process import process
 from elit_jax.models import denoiser
 from elit_jax.sampling import plan as plans
 from elit_jax.sampling import sampler, steppers
+from tests.sampling.opaque import opaque
 
 from .arrays import TIME, TRAJECTORY, Golden, Report
 from .network import Run, channels_first, channels_last
@@ -114,7 +115,7 @@ def _check_sampler(
       plan,
       steppers.stepper(solver),
       process(mode.get("path_type", "linear")),
-      network,
+      opaque(network),
       functools.partial(denoiser.null_labels, run.model),
       start,
       jnp.asarray(golden["sample/y"]),

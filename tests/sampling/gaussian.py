@@ -17,6 +17,7 @@ from elit_jax.sampling import sampler
 from elit_jax.sampling.plan import Phase
 from elit_jax.sampling.step import Stepper
 from elit_jax.sampling.steppers import stepper
+from tests.sampling.opaque import opaque
 
 MEAN, STD = 1.0, 0.5
 
@@ -95,7 +96,7 @@ def moments(
     (Phase(steps, Budget()),),
     made,
     path,
-    network,
+    opaque(network),
     lambda cond: cond,
     noise=noise,
     prediction=prediction,

@@ -15,22 +15,24 @@ import pytest
 
 from configs import base
 from elit_jax import config as config_lib
-from elit_jax import sample, train
+from elit_jax import sample, sharding, train
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, presets, spec
 from elit_jax.ports import sit, tables
-from elit_jax.sampling import ancestral, sampler
+from elit_jax.sampling import ancestral, guidance, sampler
 from elit_jax.sampling.guidance import At, Predict, mix
 from elit_jax.sampling.plan import Guidance, Phase
 
 from . import reference
+from .opaque import opaque
 
 SHAPE, CLASSES, COUNT = (8, 8, 4), 5, 3
 DIT = presets.preset("DiT-tiny/2", classes=CLASSES)
 LABEL = np.array([0, 3, 1], np.int32)
 GUIDANCE = Guidance(4.0, channels="three")
-KEY = jax.random.key(4)
+SEED = 4
+KEY = jax.random.key(SEED)
 
 
 @functools.cache
@@ -51,7 +53,8 @@ def steadied(budget: Budget) -> Predict:
   """A DiT whose samples stay of order one, though it never learned anything."""
 
   def predict(cache, x, at, label):
-    cache, out = sample.network(DIT, params_of(DIT), budget)(cache, x, at, label)
+    plain = guidance.alone(sample.network(DIT, params_of(DIT)), budget)
+    cache, out = guidance.plain(plain)(cache, x, at, label)
     index = jnp.round(at.t * 1000).astype(jnp.int32)
     known = jnp.asarray(SIGMA, jnp.float32)[index] * x
     noise = known + SHARE * out[..., :4]
@@ -67,7 +70,7 @@ def sampled(solver: str, steps: int, guidance=GUIDANCE) -> np.ndarray:
       (Phase(steps, Budget(), guidance),),
       config_lib.stepper(solver),
       config_lib.process("ddpm"),
-      steadied,
+      opaque(steadied),
       functools.partial(denoiser.null_labels, DIT),
       x,
       label,
@@ -218,7 +221,7 @@ def test_three_channels_are_guided_in_every_form_of_guidance(weak):
       (Phase(1, Budget(4), guidance),),
       ancestral.ddpm(),
       config_lib.process("linear"),
-      toy,
+      opaque(toy),
       lambda label: jnp.full_like(label, CLASSES),
       x,
       jnp.asarray(LABEL),
@@ -246,9 +249,17 @@ def from_scratch(
   model: spec.Model, solver: str, path: str, index: np.ndarray
 ) -> np.ndarray:
   """Five steps of the sampler that the command line runs."""
-  fn = sample.sample_fn(model, (Phase(5, Budget()),), solver, path, SHAPE)
+  made = sample.Sampler(
+    model,
+    config_lib.stepper(solver),
+    config_lib.process(path),
+    SHAPE,
+    len(index),
+    sharding.make_mesh((1, 1, 1), jax.devices()[:1]),
+  )
+  plan = (Phase(5, Budget()),)
   params = params_of(DIT)  # all of one shape
-  return np.asarray(jax.jit(fn)(params, KEY, index, jnp.asarray(LABEL)[index]))
+  return made.compile([plan])(params, SEED, index, LABEL[index], plan)
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "noise"])
@@ -277,7 +288,7 @@ def test_a_model_whose_noise_is_at_0_samples_as_its_mirrored_twin(prediction: st
       (Phase(5, Budget()),),
       config_lib.stepper(solver),
       config_lib.process(path),
-      mirrored,
+      opaque(mirrored),
       lambda label: label,
       x,
       label,
@@ -324,7 +335,7 @@ def test_the_network_is_traced_once_a_phase_and_branch(solver: str):
       plan,
       config_lib.stepper(solver),
       config_lib.process(path),
-      counting,
+      opaque(counting),
       lambda label: label,
       x,
       jnp.asarray(LABEL),

@@ -13,6 +13,7 @@ from elit_jax.sampling import cost, sampler
 from elit_jax.sampling.guidance import At
 from elit_jax.sampling.plan import Guidance, Phase
 from elit_jax.sampling.steppers import STEPPERS, stepper
+from tests.sampling.opaque import opaque, parts
 
 LINEAR = process("linear")
 CLASSES = 3
@@ -52,7 +53,7 @@ def toy(budget: Budget):
 def run(plan, solver="euler", network=toy, path=LINEAR, x=X, label=LABEL, noise=None):
   silent = noise or (lambda step: jnp.zeros_like(x))
   fn = functools.partial(
-    sampler.sample, plan, stepper(solver), path, network, null, noise=silent
+    sampler.sample, plan, stepper(solver), path, opaque(network), null, noise=silent
   )
   return np.asarray(jax.jit(fn)(x, label))
 
@@ -119,7 +120,7 @@ def test_scale_one_is_no_guidance(solver: str):
 
 def test_one_euler_step_of_each_guidance_in_closed_form():
   def velocity(budget, label):
-    at = At(jnp.float32(1), None, None)
+    at = At(jnp.float32(1), None, None, None)
     return np.asarray(toy(budget)((), X, at, label)[1])
 
   strong = velocity(STRONG, LABEL)
@@ -193,7 +194,7 @@ def test_price_counts_what_runs(solver: str, guidance):
   plan = phase(5, guidance)
   run(plan, solver, recording)
   jax.effects_barrier()
-  priced = cost.plan_cost(plan, stepper(solver), LINEAR, prices.__getitem__)
+  priced = cost.plan_cost(plan, stepper(solver), LINEAR, parts(prices.__getitem__))
   assert priced == (len(calls), sum(calls))
 
 

@@ -16,6 +16,7 @@ from elit_jax.sampling.steppers import stepper
 from elit_jax.sampling.stochastic import FORMS, LAST_STEP
 
 from .gaussian import DATA, Moments, expected, marginal, moments
+from .opaque import opaque
 
 PAIRS = [(path, "velocity") for path in PROCESSES]
 PAIRS += [("vp", "noise"), ("ddpm", "noise")]
@@ -307,7 +308,7 @@ def test_only_stochastic_solvers_draw_noise(solver: str, drawn: int):
     (Phase(4, Budget()),),
     stepper(solver),
     process("linear"),
-    lambda budget: lambda cache, x, at, cond: (cache, x),
+    opaque(lambda budget: lambda cache, x, at, cond: (cache, x)),
     lambda cond: cond,
     noise=noise,
   )
