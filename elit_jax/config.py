@@ -243,6 +243,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "train.preview_every",
       "eval.draws",
       "eval.every",
+      "eval.sweep_seeds",
       "prepare.workers",
       "prepare.max_skipped",
     ),
@@ -322,6 +323,12 @@ def check_evaluation(config: Config, model: spec.Model) -> None:
       f"config.eval.weights {e.weights} must be one text for each of "
       f"config.eval.features {e.features}, or ()"
     )
+  check_sweep(config, model)
+
+
+def check_sweep(config: Config, model: spec.Model) -> None:
+  """Raises ConfigError for numbers that no row of a sweep can have."""
+  e = config.eval
   for steps in e.sweep_steps:
     if steps < 1:
       raise ConfigError(f"config.eval.sweep_steps has {steps}: want at least 1")
@@ -330,6 +337,11 @@ def check_evaluation(config: Config, model: spec.Model) -> None:
     if not 0 <= scale < math.inf:
       raise ConfigError(
         f"config.eval.sweep_scales has {scale}: want at least 0, and finite"
+      )
+  for threshold in e.sweep_reuse:
+    if not 0 <= threshold < math.inf:
+      raise ConfigError(
+        f"config.eval.sweep_reuse has {threshold}: want at least 0, and finite"
       )
 
 

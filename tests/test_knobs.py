@@ -151,6 +151,8 @@ KNOBS = {
   "eval.every": Knob(40, "training", TOY),
   "eval.sweep_steps": Knob((3,), "sweeping", TOY),
   "eval.sweep_scales": Knob((1.5,), "sweeping", TOY),
+  "eval.sweep_reuse": Knob((0.1,), "sweeping", TOY),
+  "eval.sweep_seeds": Knob(1, "sweeping", TOY | ELIT),
   "prepare.source": Knob("others", "preparing", PIXELS),
   "prepare.kind": Knob("folder", "preparing", PIXELS),
   "prepare.split": Knob("validation", "preparing", PIXELS),
@@ -320,9 +322,13 @@ def recorded(run, config: config_lib.Config) -> list:
     calls.append(f"average {config.sample.ema}")
     return 7, {}
 
+  def meter(times_n):
+    return np.full(len(times_n), 0.04)
+
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(jax.stages.Lowered, "compile", compile_nothing)
     patch.setattr(sample, "load_ema", load_ema)
+    patch.setattr(evaluate, "meter_of", lambda *_: meter)
     # The first of what both write after the folder is their rows.
     for module, name in ((evaluate, "write"), (plots, "write")):
       patch.setattr(module, name, lambda *given: calls.extend(protocols(given)))
