@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from elit_jax import (
   autoencoder,
+  calibration,
   distributed,
   evaluator,
   files,
@@ -35,7 +36,6 @@ from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.sources import Source
 from elit_jax.data.stored import unpack
-from elit_jax.errors import ConfigError
 from elit_jax.eval import digits, plots, protocol, report
 from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
 from elit_jax.evaluator import Drawn, Row, View
@@ -234,16 +234,9 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
 def meter_of(
   bench: Bench, workdir: pathlib.Path, rows: Sequence[Row]
 ) -> caching.Meter | None:
-  """What says how much changes between evaluations, by which rows reuse them; None
-  where none does. ConfigError without a calibration of this checkpoint.
-  """
-  wanting = [row.name for row in rows if row.threshold]
-  if not wanting:
-    return None
-  raise ConfigError(
-    f"row {wanting[0]!r} reuses evaluations, and there is no calibration.json in "
-    f"{workdir}: run --mode=calibrate"
-  )
+  """Of the rows that reuse evaluations, if any do: see `calibration.meter_for`."""
+  plans = [row.plan for row in rows]
+  return calibration.meter_for(plans, workdir, bench.config, bench.step, bench.params)
 
 
 def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:
