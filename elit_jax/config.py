@@ -243,6 +243,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "train.preview_every",
       "eval.draws",
       "eval.every",
+      "eval.sweep_seeds",
       "prepare.workers",
       "prepare.max_skipped",
     ),
@@ -322,6 +323,12 @@ def check_evaluation(config: Config, model: spec.Model) -> None:
       f"config.eval.weights {e.weights} must be one text for each of "
       f"config.eval.features {e.features}, or ()"
     )
+  check_sweep(config, model)
+
+
+def check_sweep(config: Config, model: spec.Model) -> None:
+  """Raises ConfigError for numbers that no row of a sweep can have."""
+  e = config.eval
   for steps in e.sweep_steps:
     if steps < 1:
       raise ConfigError(f"config.eval.sweep_steps has {steps}: want at least 1")
@@ -330,6 +337,11 @@ def check_evaluation(config: Config, model: spec.Model) -> None:
     if not 0 <= scale < math.inf:
       raise ConfigError(
         f"config.eval.sweep_scales has {scale}: want at least 0, and finite"
+      )
+  for threshold in e.sweep_reuse:
+    if not 0 <= threshold < math.inf:
+      raise ConfigError(
+        f"config.eval.sweep_reuse has {threshold}: want at least 0, and finite"
       )
 
 
@@ -708,14 +720,12 @@ _COMMA = re.compile(r",(?![^\[]*\])")  # none of "50% in [0.5, 1]"
 
 def _texts(values: Sequence[Any]) -> list[Any]:
   """What a flag gives where texts are wanted: a budget or a decay may be a number, and
-  k1,k4 comes as one text.
+  k1,k4 comes as one text, or as several cut at every comma.
   """
   texts = [str(v) if _is_number(v) else v for v in values]
-  return [
-    part.strip() if isinstance(v, str) else v
-    for v in texts
-    for part in (_COMMA.split(v) if isinstance(v, str) else [v])
-  ]
+  if not texts or not all(isinstance(v, str) for v in texts):
+    return texts
+  return [part.strip() for part in _COMMA.split(",".join(texts))]
 
 
 def _is_number(value: Any) -> bool:

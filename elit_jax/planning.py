@@ -321,7 +321,7 @@ def what_is_known(
   meter = None
   if any(phase.reuse for plan in plans for phase in plan):
     step, params = sample.load_ema(workdir, config, mesh)
-    meter = calibration.load(workdir, config, step).meter(model, params)
+    meter = calibration.meter_for(plans, workdir, config, step, params)
   budgets = {
     b for plan in plans for phase in plan for b in (phase.budget, phase.weak_budget)
   }
@@ -352,7 +352,7 @@ def measure(
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   table = None
   if programs:
-    table = evaluate.draw_rows(bench, rows, made.drawer(programs), folder)
+    table = evaluate.draw_rows(bench, rows, made, programs, folder)
   if table is None:
     logging.info(evaluate.LEAVING)
     return

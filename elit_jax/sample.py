@@ -13,7 +13,15 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from elit_jax import autoencoder, distributed, ema, files, preemption, sharding
+from elit_jax import (
+  autoencoder,
+  calibration,
+  distributed,
+  ema,
+  files,
+  preemption,
+  sharding,
+)
 from elit_jax import config as config_lib
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
@@ -340,7 +348,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   plans = {plan_name(p): p for p in config_lib.plans(config, model)}
   mesh = config_lib.make_mesh(config, model)
   step, params = load_ema(workdir, config, mesh)
-  made = from_config(config, model, mesh)
+  wanted = plans.values()
+  meter = calibration.meter_for(wanted, workdir, config, step, params)
+  made = from_config(config, model, mesh, meter=meter)
   folders = {name: workdir / "samples" / folder_name(config, name) for name in plans}
   decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
   for folder in folders.values():

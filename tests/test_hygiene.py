@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # These see everything.
 ENTRY_POINTS = frozenset(
-  {"train", "sample", "evaluate", "exchange", "score", "planning"}
+  {"train", "sample", "evaluate", "exchange", "score", "calibrate", "planning"}
 )
 
 # A room that may import only these rooms of ours.
@@ -52,6 +52,7 @@ NEVER: dict[str, frozenset[str]] = {
   "latency": ENTRY_POINTS - {"sample"},
   "pretrained": ENTRY_POINTS - {"sample"},
   "autoencoder": ENTRY_POINTS,
+  "calibration": ENTRY_POINTS,
 }
 # Whoever has no row above. A new module that must see the models gets a row.
 NEVER_BY_DEFAULT = ENTRY_POINTS | {"models"}

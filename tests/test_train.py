@@ -4,6 +4,7 @@ One real run is shared by most tests: those that resume it take its compiled pro
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -25,6 +26,7 @@ from elit_jax import ema, files, logs, monitor, optim, sample, train
 from elit_jax.budget import Budget, draw_budget
 from elit_jax.data.sources import ArraySource
 from elit_jax.errors import ConfigError, TrainingStopped
+from elit_jax.flow.matching import FlowMatching
 from elit_jax.models import denoiser, spec
 
 
@@ -567,3 +569,53 @@ def test_fewer_bad_steps_do_not(finished, resumed, monkeypatch):
   assert (int(state["step"]), int(state["bad_steps"])) == (40, 10)
   before = saved_state(workdir, 30)
   assert bits([state[n] for n in KEPT]) == bits([before[n] for n in KEPT])
+
+
+# --- budgets by noise level -----------------------------------------------------------
+
+
+def test_a_budget_by_noise_level_sees_its_times_alone(tmp_path, monkeypatch):
+  entries = ("k1 in [0.6, 1]", "k4 in [0, 0.6]")
+  config = make_config(
+    elit=ELIT,
+    budgets=entries,
+    train__steps=12,
+    train__log_every=12,
+  )
+  model = config_lib.build_model(config)
+  objective, add, seen = FlowMatching.__call__, monitor.Log.add, []
+
+  def spied(self, network, key, batch):
+    loss, metrics = objective(self, network, key, batch)
+    t = self.draw(key, batch)[0]
+    return loss, metrics | {"first": t.min(), "last": t.max()}
+
+  def added(self, step, images, budget, metrics):
+    seen.append((budget, float(metrics["first"]), float(metrics["last"])))
+    add(self, step, images, budget, metrics)
+
+  monkeypatch.setattr(FlowMatching, "__call__", spied)
+  monkeypatch.setattr(monitor.Log, "add", added)
+  train.run(config, tmp_path)
+  timed = config_lib.timed_budgets(config, model)
+  assert [str(one) for one in timed] == list(entries)
+  weights = config_lib.budget_weights(config, model)
+  drawn = [draw_budget(config.seed, step, timed, weights) for step in range(12)]
+  assert len(set(drawn)) == 2
+  for one, (budget, first, last) in zip(drawn, seen, strict=True):
+    low, high = np.float32(one.interval)
+    assert budget == one.budget
+    assert low <= first < last <= high
+  # Losses are of budgets.
+  (row,) = logs.read_rows(tmp_path / "metrics.jsonl")
+  assert [name for name in row if name.startswith("loss/")] == [
+    f"loss/{name}" for name in dict.fromkeys(str(one.budget) for one in drawn)
+  ]
+  again = dataclasses.replace(config, budgets=("k1", "k4"), budget_weights=())
+  assert "config.budgets was" in "\n".join(changes(tmp_path, again))
+
+
+def changes(workdir: pathlib.Path, config) -> list[str]:
+  with listening("absl") as lines:
+    train.report_changes(sample.trained_config(workdir), config)
+  return lines

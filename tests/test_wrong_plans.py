@@ -6,8 +6,6 @@ import pytest
 from elit_jax import config as config_lib
 from elit_jax.errors import ConfigError
 
-K = ("k4", "k16")
-
 
 def make_config(**leaves) -> config_lib.Config:
   raw = elastic.get_config()
@@ -116,7 +114,7 @@ CASES = {
   "an interval without brackets": (plan("2@k8, cfg 2 in 0.1"), f"'0.1': {INTERVAL}"),
   "an interval of one number": (
     plan("2@k8, cfg 2 in [0.1]"),
-    f"19?.*'\\]': {INTERVAL}",
+    f"'\\]': {INTERVAL}",
   ),
   "an interval of nothing": (plan("2@k8, cfg 2 in []"), f"'\\]': {INTERVAL}"),
   # The end.
