@@ -576,7 +576,13 @@ def test_fewer_bad_steps_do_not(finished, resumed, monkeypatch):
 def test_every_step_runs_the_program_of_the_entry_drawn(tmp_path, monkeypatch):
   """Of its budget and interval; that the times of a program stay there is another's."""
   entries = ("k1 in [0.6, 1]", "k4 in [0.2, 0.6]", "k1 in [0, 0.2]")
-  config = make_config(elit=ELIT, budgets=entries, train__steps=24, train__log_every=24)
+  config = make_config(
+    elit=ELIT,
+    flow__time="uniform",
+    budgets=entries,
+    train__steps=24,
+    train__log_every=24,
+  )
   model = config_lib.build_model(config)
   ran, logged, add = [], [], monitor.Log.add
 
