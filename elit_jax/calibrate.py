@@ -56,6 +56,11 @@ POLICY = caching.POLICIES["teacache"]
 
 def run(config: Config, workdir: pathlib.Path) -> None:
   """Measures losses by noise level and budget, reuse, and numbers of steps."""
+  if config.sample.steps < 2:
+    raise ConfigError(
+      "config.sample.steps is 1: a calibration looks at changes from step to step, give "
+      "at least 2"
+    )
   distributed.check_shared(workdir)
   config = sample.as_trained(workdir, config)
   model = config_lib.build_model(config)
@@ -387,7 +392,7 @@ def by_samples(watch: Watch, draw: Callable, params: Any) -> dict[str, Any] | No
     return None
   embedding = calibration.embedding(watch.model, params)
   points = [changes(phases[n], drawn[n], embedding) for n in ladder]
-  polynomial = caching.fit(*np.concatenate([p[1:] for p in points], axis=1))
+  polynomial = fitted(np.concatenate(points, axis=1))
   meter = caching.meter(embedding, polynomial)
   reused = reusing(watch, meter)
   lazy = _drawn(draw, params, reused, "reuse")
@@ -414,6 +419,16 @@ def by_samples(watch: Watch, draw: Callable, params: Any) -> dict[str, Any] | No
     "reuse_error": {str(r): distance(lazy[r].samples, own) for r in reused},
     "reuse_share": {str(r): share_reused(phase) for r, phase in reused.items()},
   }
+
+
+def fitted(points: np.ndarray) -> caching.Polynomial:
+  """The polynomial of process 0: what is reused must be the same on all, to the bit."""
+
+  def fit() -> dict[str, Any]:
+    return dataclasses.asdict(caching.fit(*points[1:]))
+
+  found = distributed.on_leader(fit)
+  return caching.Polynomial(tuple(found["coefficients"]), found["low"], found["high"])
 
 
 def changes(phase: Decided, drawn: Drawn, embedding: caching.Embedding) -> np.ndarray:

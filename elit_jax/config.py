@@ -670,7 +670,29 @@ MODEL_LEAVES = (
   "data.vae",
 )
 # What the absence of such a leaf means, in configs saved before it was there.
-ABSENT = {"data.vae": ""}
+ABSENT: Mapping[str, Any] = {
+  "data.vae": "",
+  "flow.shift": "1",
+  "sample.plan": "",
+  "sample.shift": "1",
+  "sample.reuse": 0.0,
+  "guidance.way": "auto",
+  "plan.target": "",
+  "plan.steps": (),
+  "plan.segments": 2,
+  "plan.reuse": (),
+  "eval.sweep_reuse": (),
+  "eval.sweep_seeds": 0,
+}
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+  """A saved config with the leaves that were not there when it was saved."""
+  whole = {k: dict(v) if isinstance(v, Mapping) else v for k, v in saved.items()}
+  for name, value in ABSENT.items():
+    part, _, leaf = name.partition(".")
+    whole.setdefault(part, {}).setdefault(leaf, value)
+  return whole
 
 
 def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

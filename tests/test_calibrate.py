@@ -334,6 +334,11 @@ def test_no_checkpoint_is_refused(tmp_path):
     calibrate.run(make_config(), tmp_path / "run")
 
 
+def test_one_step_is_refused(calibrated):
+  with pytest.raises(ConfigError, match=r"config\.sample\.steps is 1: .* at least 2"):
+    calibrate.run(make_config(sample__steps=1), calibrated[0])
+
+
 def test_one_budget_without_a_null_label_has_no_gaps(tmp_path, caplog):
   config = make_config(budgets=("k4",), flow__label_dropout=0.0)
   workdir = write_checkpoint(tmp_path / "run", config)

@@ -317,8 +317,8 @@ def recorded(run, config: config_lib.Config) -> list:
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     calls.append(text)
 
-    def run(params, *arguments):
-      small = [a for a in jax.tree.leaves(arguments) if a.size < 256]
+    def run(*arguments):  # parameters first, if any
+      small = [a for a in jax.tree.leaves(arguments[1:]) if a.size < 256]
       calls.append(f"{text} {[*map(_plain, small)]}")
       return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info)
 

@@ -26,7 +26,6 @@ from elit_jax import ema, files, logs, monitor, optim, sample, train
 from elit_jax.budget import Budget, draw_budget
 from elit_jax.data.sources import ArraySource
 from elit_jax.errors import ConfigError, TrainingStopped
-from elit_jax.flow.matching import FlowMatching
 from elit_jax.models import denoiser, spec
 
 
@@ -574,48 +573,52 @@ def test_fewer_bad_steps_do_not(finished, resumed, monkeypatch):
 # --- budgets by noise level -----------------------------------------------------------
 
 
-def test_a_budget_by_noise_level_sees_its_times_alone(tmp_path, monkeypatch):
-  entries = ("k1 in [0.6, 1]", "k4 in [0, 0.6]")
+def test_every_step_runs_the_program_of_the_entry_drawn(tmp_path, monkeypatch):
+  """Of its budget and interval; that the times of a program stay there is another's."""
+  entries = ("k1 in [0.6, 1]", "k4 in [0.2, 0.6]", "k1 in [0, 0.2]")
   config = make_config(
     elit=ELIT,
+    flow__time="uniform",
     budgets=entries,
-    train__steps=12,
-    train__log_every=12,
+    train__steps=24,
+    train__log_every=24,
   )
   model = config_lib.build_model(config)
-  objective, add, seen = FlowMatching.__call__, monitor.Log.add, []
+  ran, logged, add = [], [], monitor.Log.add
 
-  def spied(self, network, key, batch):
-    loss, metrics = objective(self, network, key, batch)
-    t = self.draw(key, batch)[0]
-    return loss, metrics | {"first": t.min(), "last": t.max()}
+  def lower_step(config, model, budget, mesh, interval):
+    def step(state, batch):
+      ran.append((budget, interval))
+      metrics = {"loss": len(ran), "grad_norm": 1, "bad_steps": 0, "bad_run": 0}
+      return {"step": jax.device_put(np.int32(len(ran)))}, metrics
+
+    return SimpleNamespace(compile=lambda: step)
 
   def added(self, step, images, budget, metrics):
-    seen.append((budget, float(metrics["first"]), float(metrics["last"])))
+    logged.append(budget)
     add(self, step, images, budget, metrics)
 
-  monkeypatch.setattr(FlowMatching, "__call__", spied)
+  monkeypatch.setattr(train, "lower_step", lower_step)
+  monkeypatch.setattr(train.memory, "check_programs", lambda programs: None)
+  monkeypatch.setattr(train, "init_state", lambda *_: {"step": jnp.int32(0)})
   monkeypatch.setattr(monitor.Log, "add", added)
   train.run(config, tmp_path)
   timed = config_lib.timed_budgets(config, model)
-  assert [str(one) for one in timed] == list(entries)
   weights = config_lib.budget_weights(config, model)
-  drawn = [draw_budget(config.seed, step, timed, weights) for step in range(12)]
-  assert len(set(drawn)) == 2
-  for one, (budget, first, last) in zip(drawn, seen, strict=True):
-    low, high = np.float32(one.interval)
-    assert budget == one.budget
-    assert low <= first < last <= high
-  # Losses are of budgets.
+  drawn = [draw_budget(config.seed, step, timed, weights) for step in range(24)]
+  assert [str(one) for one in timed] == list(entries)
+  assert ran == [(one.budget, one.interval) for one in drawn]
+  assert logged == [one.budget for one in drawn]
+  assert len(set(ran)) == 3
+  # Both intervals of a budget are one row of losses.
   (row,) = logs.read_rows(tmp_path / "metrics.jsonl")
-  assert [name for name in row if name.startswith("loss/")] == [
-    f"loss/{name}" for name in dict.fromkeys(str(one.budget) for one in drawn)
-  ]
-  again = dataclasses.replace(config, budgets=("k1", "k4"), budget_weights=())
-  assert "config.budgets was" in "\n".join(changes(tmp_path, again))
-
-
-def changes(workdir: pathlib.Path, config) -> list[str]:
+  losses = {name: value for name, value in row.items() if name.startswith("loss/")}
+  assert losses == {
+    f"loss/{name}": np.mean([i for i, b in enumerate(logged, 1) if str(b) == name])
+    for name in ("k1", "k4")
+  }
   with listening("absl") as lines:
-    train.report_changes(sample.trained_config(workdir), config)
-  return lines
+    train.report_changes(
+      sample.trained_config(tmp_path), dataclasses.replace(config, budgets=("k1",))
+    )
+  assert any("config.budgets was" in line for line in lines)

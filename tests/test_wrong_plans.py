@@ -66,6 +66,7 @@ CASES = {
   "no comma": (plan("20@k8 cfg 2"), "character 7, 'cfg': a comma goes before it"),
   "no scale": (plan("20@k8, cfg"), "character 11, the end: want a scale"),
   "no scale before the at": (plan("20@k8, ccfg @k1"), "13, '@k1': want a scale"),
+  "a scale with underscores": (plan("20@k8, cfg 1_0"), "'1_0': want a scale"),
   "a scale that is no number": (plan("20@k8, cfg two"), "'two': want a scale"),
   "guidance below 0": (plan("20@k8, cfg -1"), "12, '-1': .*-1.0 must be at least 0"),
   "endless guidance": (plan("20@k8, cfg inf"), "'inf': .*must be at least 0, and fin"),

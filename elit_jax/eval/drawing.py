@@ -72,6 +72,11 @@ def note(made: Figure, text: str) -> None:
   made.supxlabel(text, fontsize=8.5, color="0.3")
 
 
+def subtitle(axes: Axes, text: str) -> None:
+  """Small, above one panel."""
+  axes.set_title(text, fontsize=8.5, color="0.3", loc="left")
+
+
 def clear(axes: Axes) -> None:
   """A grid behind, no frame above and at the right, and room around what is drawn."""
   axes.grid(color="0.9")

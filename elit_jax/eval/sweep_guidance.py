@@ -60,9 +60,7 @@ def guidance_png(path: str | os.PathLike, sweep: Sweep) -> None:
       drawing.curve(axes, drawn, style, APART * (i - (len(found) - 1) / 2))
     axes.set_xlabel("guidance scale  (1: none)")
   _by_cost(panels[-1], names[0], rows, groups)
-  drawing.note(
-    figure, "Curves are set a little apart sideways; their scales are the same."
-  )
+  drawing.subtitle(panels[0], "curves are set a little apart sideways")
   drawing.legend(figure, panels)
   drawing.save(figure, path)
 
@@ -103,9 +101,7 @@ def _by_cost(
     best = best_of(found, better(metric))
     drawing.curve(axes, best, style)
     drawing.names(axes, best, style, _scale_text, above=better(metric) == "higher")
-  axes.set_title(
-    "numbers: the scale with the best figure", fontsize=8.5, color="0.3", loc="left"
-  )
+  drawing.subtitle(axes, "numbers: the scale with the best figure")
 
 
 def _scale_text(row: Row) -> str:
@@ -183,22 +179,25 @@ def cost_png(path: str | os.PathLike, sweep: Sweep) -> None:
   if not groups:
     raise ConfigError("bars of what guidance costs need guided rows, got none")
   timed = all(row.get("ms_per_image") for _, group in groups for row in group)
-  keys = {"gflops_per_image": "compute of one image [GFLOPs]"}
+  unit = drawing.unit_of(row for _, group in groups for row in group)
+  keys = {"gflops_per_image": (f"compute of one image [{unit.name}]", unit.gflops)}
   if timed:
-    keys["ms_per_image"] = "measured time of one image [ms]"
+    keys["ms_per_image"] = ("measured time of one image [ms]", 1.0)
   high = 1.6 + 0.45 * len(groups)
   figure, panels = drawing.panels(len(keys), "What guidance costs", (4.8, high))
-  for axes, (key, label) in zip(panels, keys.items(), strict=True):
-    _bars(axes, groups, key)
+  for axes, (key, (label, unit_size)) in zip(panels, keys.items(), strict=True):
+    found = [(s, [row[key] / unit_size for row in group]) for s, group in groups]
+    _bars(axes, found)
     axes.set_xlabel(label)
   drawing.save(figure, path)
 
 
-def _bars(axes: Axes, groups: Sequence[tuple[Style, list[Row]]], key: str) -> None:
+def _bars(axes: Axes, groups: Sequence[tuple[Style, list[float]]]) -> None:
+  """Medians, the ranges behind them, and how often the first each is."""
   places = np.arange(len(groups))[::-1]
-  values = [float(np.median([row[key] for row in group])) for _, group in groups]
+  values = [float(np.median(group)) for _, group in groups]
   spans = [
-    [mid - min(row[key] for row in group), max(row[key] for row in group) - mid]
+    [mid - min(group), max(group) - mid]
     for mid, (_, group) in zip(values, groups, strict=True)
   ]
   drawing.clear(axes)

@@ -163,9 +163,10 @@ def _arms(axes: Axes, metric: str, groups: Mapping[str, list[Row]]) -> None:
   for found in every:
     drawing.dots(axes, [point._replace(x=point.x - 0.12) for point in found], SEED)
   drawing.curve(axes, [point._replace(x=point.x + 0.12) for point in means], MEAN)
+  unit = drawing.unit_of(group[0] for group in groups.values())
   labels = [
     f"{name.replace(' then ', chr(10) + 'then ')}\n"
-    f"{drawing.number(cost(group[0]))} GFLOPs"
+    f"{drawing.number(cost(group[0]) / unit.gflops)} {unit.name}"
     for name, group in groups.items()
   ]
   axes.set_xticks(range(len(groups)), labels, fontsize=8.5)
