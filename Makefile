@@ -57,8 +57,9 @@ quickstart: install  ## train and evaluate the digits model
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=eval
 	@echo "Next: make report (metrics over budgets, steps and guidance scales, in $(WORKDIR)/sweep)"
 
-report: install  ## metrics of that model over budgets, steps and guidance scales
+report: install  ## a page on that model: budgets, steps, guidance, reuse and schedules
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=train
+	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=calibrate
 	$(PY) main.py --config=configs/digits.py --workdir=$(WORKDIR) --mode=sweep
 
 BENCH = $(PY) -m benchmarks.run --model=SiT-S/2 --batch=8 --remat=dots --steps=10 --rounds=3 --slow-rounds=2

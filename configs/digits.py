@@ -42,4 +42,6 @@ def get_config() -> ConfigDict:
   config.eval.bootstrap = 200  # 64 features: it costs nothing
   config.eval.sweep_steps = (3, 6, 12)
   config.eval.sweep_scales = (1.5, 3.0, 4.0)
+  config.eval.sweep_reuse = (0.05, 0.1, 0.2)
+  config.eval.sweep_seeds = 3
   return config

@@ -6,7 +6,7 @@ Letters: L noise levels, n times, E numbers of a time embedding.
 
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from elit_jax import config as config_lib
-from elit_jax import files, sharding
+from elit_jax import distributed, files, sharding
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, spec
 from elit_jax.sampling import caching
 from elit_jax.sampling.caching import Polynomial
+from elit_jax.sampling.plan import Plan
 
 FILE = "calibration.json"
 COMMAND = "run --mode=calibrate"
@@ -132,6 +133,22 @@ def load(workdir: pathlib.Path, config: Config, step: int) -> Calibration:
       f"{path} is not of this checkpoint ({'; '.join(differences)}): {COMMAND} again"
     )
   return made
+
+
+def meter_for(
+  plans: Iterable[Plan],
+  workdir: pathlib.Path,
+  config: Config,
+  step: int,
+  params: Any,
+) -> caching.Meter | None:
+  """What says how much changes between evaluations, of plans that reuse some; None
+  where none does. ConfigError, on all processes, without a calibration for them.
+  """
+  if not any(p.reuse and p.reuse.threshold > 0 for plan in plans for p in plan):
+    return None
+  known = distributed.together(lambda: load(workdir, config, step))
+  return known.meter(config_lib.build_model(config), params)
 
 
 def _read(stored: Mapping[str, Any]) -> Calibration:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from elit_jax import (
   autoencoder,
+  calibration,
   distributed,
   evaluator,
   files,
@@ -35,14 +36,15 @@ from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.sources import Source
 from elit_jax.data.stored import unpack
-from elit_jax.errors import ConfigError
 from elit_jax.eval import digits, plots, protocol, report
 from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
 from elit_jax.evaluator import Drawn, Row, View
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
+from elit_jax.sampling import caching
 
 COLUMNS = 20  # samples of a row in the picture, at most
+SHOWN_KINDS = ("plain", "cfg", "ccfg", "autog")  # rows in the pictures of a sweep
 
 
 @dataclass(frozen=True)
@@ -101,17 +103,18 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   held_out = distributed.together(lambda: open_held_out(config))
   bench = set_up(config, workdir)
   config, model = bench.config, bench.model
-  folder = begin(bench, workdir / "report")
   rows = evaluator.report_rows(config, model)
+  meter = meter_of(bench, workdir, rows)
+  folder = begin(bench, workdir / "report")
   seconds = {}
   start = time.monotonic()
   price = functools.partial(spec.flops, model, config.data.shape)
-  asked = {row.phase.budget for row in rows} if config.eval.draws else ()
+  asked = {b for row in rows for b in row.budgets} if config.eval.draws else ()
   budgets = sorted(asked, key=price, reverse=True)
   jobs: dict[Any, Callable] = {
     b: functools.partial(compile_loss, config, model, b, bench.mesh) for b in budgets
   }
-  made = sample.from_config(config, model, bench.mesh)
+  made = sample.from_config(config, model, bench.mesh, meter=meter)
   jobs |= made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   if programs is None:
@@ -139,10 +142,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     columns = min(COLUMNS, 2 * config.model.classes, drawn.row.count)
     shown.append(drawn.images(columns))
     quality = judged.quality(drawn.images(), drawn.labels) if judged else {}
-    return quality | (loss_figures(drawn.row, loss_IR) if loss_IR else {})
+    return quality | loss_figures(drawn.row, loss_IR)
 
-  draw = made.drawer(programs)
-  table = draw_rows(bench, rows, draw, folder, config.eval.count, take)
+  table = draw_rows(bench, rows, made, programs, folder, config.eval.count, take)
   # Every process has a table, though only that of process 0 has rows.
   real = real_images(bench, held_out) if held_out and table is not None else {}
   if table is None or real is None:
@@ -192,20 +194,27 @@ def real_images(bench: Bench, held_out: Source) -> dict[str, Any] | None:
 
 
 def sweep(config: Config, workdir: pathlib.Path) -> None:
-  """`--mode=sweep`: metrics against cost over budgets, steps and guidance scales."""
-  if not config.eval.metrics:
-    raise ConfigError(
-      "config.eval.metrics is empty, and a sweep is of metrics: give fid, is, ... and "
-      "config.eval.features that they look through"
-    )
+  """`--mode=sweep`: cost, pictures and, with `eval.metrics`, quality of budgets, steps,
+  guidance scales, reuse and schedules over noise levels, as a page.
+  """
   bench = set_up(config, workdir)
   config, model = bench.config, bench.model
-  folder = begin(bench, workdir / "sweep")
   rows = evaluator.sweep_rows(config, model)
-  made = sample.from_config(config, model, bench.mesh)
+  meter = meter_of(bench, workdir, rows)
+  folder = begin(bench, workdir / "sweep")
+  made = sample.from_config(config, model, bench.mesh, meter=meter)
   jobs = made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
-  table = draw_rows(bench, rows, made.drawer(programs), folder) if programs else None
+  columns, shown = evaluator.shown_samples(config), {}
+
+  def take(drawn: Drawn) -> dict[str, Any]:
+    if drawn.row.kind in SHOWN_KINDS:
+      shown[drawn.row.name] = drawn.images(columns)
+    return {}
+
+  table = None
+  if programs:
+    table = draw_rows(bench, rows, made, programs, folder, columns, take)
   if table is None:
     logging.info(LEAVING)
     return
@@ -213,11 +222,21 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   def finish() -> None:
     report.write_report(folder, {"step": bench.step, "rows": table})
     (folder / "metrics.md").write_text(protocol.markdown(table), encoding="utf-8")
-    plots.write(folder, table)
+    pictures = {name: x for name, x in shown.items() if files.is_pixels(x)}
+    labels = sample.class_names(workdir, evaluator.labels_of(config, columns))
+    plots.write(folder, table, pictures, labels)
     replace(folder, workdir / "sweep")
     logging.info("sweep in %s", workdir / "sweep")
 
   distributed.on_leader(finish)
+
+
+def meter_of(
+  bench: Bench, workdir: pathlib.Path, rows: Sequence[Row]
+) -> caching.Meter | None:
+  """Of the rows that reuse evaluations, if any do: see `calibration.meter_for`."""
+  plans = [row.plan for row in rows]
+  return calibration.meter_for(plans, workdir, bench.config, bench.step, bench.params)
 
 
 def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:
@@ -243,7 +262,8 @@ def replace(folder: pathlib.Path, report: pathlib.Path) -> None:
 def draw_rows(
   bench: Bench,
   rows: Sequence[Row],
-  draw: sample.Draw,
+  made: sample.Sampler,
+  programs: Mapping[Hashable, Any],
   folder: pathlib.Path,
   keep: int = 0,
   take: Callable[[Drawn], dict[str, Any]] = lambda drawn: {},
@@ -253,7 +273,7 @@ def draw_rows(
     bench.config,
     bench.model,
     rows,
-    draw,
+    made.drawer(programs),
     bench.view,
     bench.params,
     folder / "chunks",
@@ -261,6 +281,7 @@ def draw_rows(
     keep,
     evaluator.TIMED,
     take,
+    made.meter,
   )
 
 
@@ -348,8 +369,12 @@ def validation_losses(
 def loss_figures(row: Row, loss_IR: Mapping[Budget, np.ndarray]) -> dict[str, Any]:
   """Validation loss of a row's budget, its error, and that of the difference from the
   largest budget's. Guidance has no loss of its own: its row has its strong budget's.
+  Nothing without losses, and of a row of several budgets.
   """
-  own, largest = loss_IR[row.phase.budget], next(iter(loss_IR.values()))
+  budget, *more = row.budgets
+  if not loss_IR or more:
+    return {}
+  own, largest = loss_IR[budget], next(iter(loss_IR.values()))
   mean, error = clustered_mean(own)
   _, paired = paired_difference(own, largest)
   return {

@@ -5,7 +5,9 @@ disk with what the instruments see in it, so that a run cut short draws none aga
 """
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,26 +28,54 @@ from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.measure import Instruments
 from elit_jax.models import denoiser, spec
-from elit_jax.sampling.cost import plan_cost
-from elit_jax.sampling.plan import Guidance, Phase, Plan
+from elit_jax.sampling import caching, grammar, schedule
+from elit_jax.sampling.cost import PhaseCost, phase_costs
+from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
 
 Features = dict[str, np.ndarray]
 TIMED = 3  # batches, at least
+SHOWN = 10  # samples of a row in a picture of a sweep, at most
 
 
 @dataclass(frozen=True)
 class Row:
-  """One way of sampling: kind is plain, cfg, ccfg or autog."""
+  """One way of sampling.
+
+  kind: plain, cfg, ccfg or autog; reuse, of an unguided plan that reuses evaluations;
+  schedule, of a sweep's budgets by noise level; plan, of any other with several phases.
+  seed: of noise and random labels; None is `eval.seed`.
+  """
 
   name: str
   kind: str
   plan: Plan
   count: int
+  seed: int | None = None
 
   @property
-  def phase(self) -> Phase:
-    """The plan's only phase."""
-    return self.plan[0]
+  def guidance(self) -> Guidance | None:
+    """Of the first phase that has one."""
+    return next((phase.guidance for phase in self.plan if phase.guidance), None)
+
+  @property
+  def weak_budget(self) -> Budget | None:
+    """By which that phase is guided."""
+    return next((phase.weak_budget for phase in self.plan if phase.guidance), None)
+
+  @property
+  def steps(self) -> int:
+    """Of all phases."""
+    return sum(phase.steps for phase in self.plan)
+
+  @property
+  def budgets(self) -> list[Budget]:
+    """From noise to data, where they change."""
+    return [budget for budget, _ in itertools.groupby(p.budget for p in self.plan)]
+
+  @property
+  def threshold(self) -> float:
+    """The largest of reuse; 0: nothing is reused."""
+    return max(phase.reuse.threshold if phase.reuse else 0.0 for phase in self.plan)
 
 
 def by_price(config: Config, model: spec.Model) -> list[Budget]:
@@ -100,20 +130,27 @@ def guided_rows(config: Config, model: spec.Model, scale: float) -> list[Row]:
 def sampled_rows(config: Config, model: spec.Model) -> list[Row]:
   """What `--mode=sample` draws: every budget of `sample`, as `guidance` has it."""
   return [
-    Row(_plan_name(plan[0]), _kind(plan[0]), plan, config.eval.count)
+    Row(_plan_name(plan), _kind(plan), plan, config.eval.count)
     for plan in config_lib.plans(config, model)
   ]
 
 
-def _plan_name(phase: Phase) -> str:
-  if phase.guidance is None:
-    return str(phase.budget)
-  return f"{phase.budget}, guidance {phase.guidance.scale:g}"
+def _plan_name(plan: Plan) -> str:
+  if len(plan) > 1:
+    return grammar.written(plan)
+  (phase,) = plan
+  parts = [str(phase.budget)]
+  parts += [f"guidance {phase.guidance.scale:g}"] if phase.guidance else []
+  parts += [f"TeaCache {phase.reuse.threshold:g}"] if phase.reuse else []
+  return ", ".join(parts)
 
 
-def _kind(phase: Phase) -> str:
+def _kind(plan: Plan) -> str:
+  if len(plan) > 1:
+    return "plan"
+  (phase,) = plan
   if phase.guidance is None:
-    return "plain"
+    return "reuse" if phase.reuse else "plain"
   if phase.guidance.label == "same":
     return "autog"
   return "cfg" if phase.weak_budget == phase.budget else "ccfg"
@@ -138,16 +175,86 @@ def report_rows(config: Config, model: spec.Model) -> list[Row]:
   return list(found.values())
 
 
+def reuse_rows(config: Config, model: spec.Model) -> list[Row]:
+  """The largest budget at every threshold of `eval.sweep_reuse` but 0, which is that
+  budget itself.
+  """
+  full, count = by_price(config, model)[0], config.eval.count
+  return [
+    Row(
+      f"TeaCache {threshold:g}",
+      "reuse",
+      (Phase(config.sample.steps, full, reuse=Reuse(threshold)),),
+      count,
+    )
+    for threshold in sorted({*config.eval.sweep_reuse} - {0.0})
+  ]
+
+
+def schedule_rows(config: Config, model: spec.Model) -> list[Row]:
+  """Budgets that hang on the noise level: the smallest in its upper half and then the
+  largest, the other way round, and either throughout.
+
+  Each at `eval.sweep_seeds` seeds, the ones after `eval.seed`. None with one budget or
+  one step.
+  """
+  full, *_, small = [*by_price(config, model)] * 2
+  steps, noisy = config.sample.steps, noisy_steps(config, model)
+  if small == full or not 0 < noisy < steps:
+    return []
+  plans: list[Plan] = [
+    (Phase(steps, small),),
+    (Phase(noisy, small), Phase(steps - noisy, full)),
+    (Phase(noisy, full), Phase(steps - noisy, small)),
+    (Phase(steps, full),),
+  ]
+  # As many seeds as there are: the last of them is followed by 0.
+  seeds = [(config.eval.seed + 1 + i) % 2**32 for i in range(config.eval.sweep_seeds)]
+  return [
+    Row(
+      f"{' then '.join(str(phase.budget) for phase in plan)}, seed {seed}",
+      "schedule",
+      plan,
+      config.eval.count,
+      seed,
+    )
+    for plan in plans
+    for seed in seeds
+  ]
+
+
+def noisy_steps(config: Config, model: spec.Model) -> int:
+  """How many steps of a run begin in the upper half of the noise levels, t > 1/2."""
+  way = process(config.flow.path)
+  times = config_lib.solver(config, model).times(way, config.sample.steps)
+  return int(np.count_nonzero(times[:-1] > 0.5 + 1e-9))  # 1/2 itself, as rounded
+
+
 def sweep_rows(config: Config, model: spec.Model) -> list[Row]:
-  """Of a sweep: every budget at every number of steps, guidance at every scale."""
+  """Of a sweep: every budget at every number of steps, guidance at every scale, reuse
+  at every threshold, and schedules over noise levels.
+
+  Without metrics a row has no more samples than are shown, and there are no schedules,
+  of which only the quality is of interest.
+  """
   e = config.eval
   steps = sorted({config.sample.steps, *e.sweep_steps}, reverse=True)
   scales = sorted({e.guidance_scale, *e.sweep_scales})
   rows = [
     *(row for n in steps for row in plain_rows(config, model, n)),
     *(row for scale in scales for row in guided_rows(config, model, scale)),
+    *reuse_rows(config, model),
+    *(schedule_rows(config, model) if e.metrics else []),
   ]
+  if not e.metrics:
+    few = shown_samples(config)
+    rows = [dataclasses.replace(row, count=few) for row in rows]
   return list({row.name: row for row in rows}.values())  # 1.5 and 1.50000001
+
+
+def shown_samples(config: Config) -> int:
+  """How many samples of a row are in the pictures of a sweep."""
+  return min(SHOWN, 2 * config.model.classes, config.eval.count)
 
 
 # --- samples --------------------------------------------------------------------------
@@ -224,7 +331,8 @@ def draw_row(
   None if a termination signal came.
   """
   size = config.sample.batch_size
-  labels = labels_of(config, row.count)
+  seed = config.eval.seed if row.seed is None else row.seed
+  labels = labels_of(config, row.count, seed)
   chunks = folder / files.stem(row.name)
   firsts = range(0, row.count, size)
 
@@ -241,7 +349,7 @@ def draw_row(
     index = np.arange(first, min(first + size, row.count))
     if first in missing:
       with _clock(seconds, "sampling") as start:
-        samples = draw(params, config.eval.seed, index, labels[index], row.plan)
+        samples = draw(params, seed, index, labels[index], row.plan)
       if first and len(index) == size:
         ms.append(1e3 * (seconds["sampling"] - start) / size)
       with _clock(seconds, "decoding"):
@@ -259,7 +367,7 @@ def draw_row(
     again = {"again": 0.0}
     with _clock(again, "again"):
       full = sample.balanced_labels(size, config.model.classes)
-      draw(params, config.eval.seed, np.arange(size), full, row.plan)
+      draw(params, seed, np.arange(size), full, row.plan)
     ms.append(1e3 * again["again"] / size)
   return Drawn(row, chunks, labels, ms, seconds)
 
@@ -272,12 +380,14 @@ def _clock(seconds: dict[str, float], name: str) -> Iterator[float]:
   seconds[name] += time.monotonic() - start
 
 
-def labels_of(config: Config, count: int) -> np.ndarray:
+def labels_of(config: Config, count: int, seed: int | None = None) -> np.ndarray:
   """Labels of a row's samples, by `eval.labels`; fewer are the first of more.
 
-  balanced: index modulo classes. random: drawn uniformly, as most papers sample.
+  balanced: index modulo classes. random: drawn uniformly, as most papers sample, by the
+  seed or else `eval.seed`.
   """
-  return LABELS[config.eval.labels](count, config.model.classes, config.eval.seed)
+  seed = config.eval.seed if seed is None else seed
+  return LABELS[config.eval.labels](count, config.model.classes, seed)
 
 
 def _random_labels(count: int, classes: int, seed: int) -> np.ndarray:
@@ -324,11 +434,12 @@ def draw_rows(
   keep: int = 0,
   timed: int = 0,
   take: Callable[[Drawn], dict[str, Any]] = lambda drawn: {},
+  meter: caching.Meter | None = None,
 ) -> list[dict[str, Any]] | None:
   """The figures of all rows, on process 0; what `take` makes of a row joins its own.
 
-  draw: of a `sample.Sampler`. step: of the checkpoint. The rest is as of `draw_row`;
-  None if a termination signal came.
+  draw: of a `sample.Sampler`, and meter that one's. step: of the checkpoint. The rest
+  is as of `draw_row`; None if a termination signal came.
   """
   table: list[dict[str, Any]] = []
   said = about(step, view)
@@ -337,8 +448,12 @@ def draw_rows(
     if drawn is None:
       return None
 
-    def measured(row: Row = row, drawn: Drawn = drawn) -> None:
-      found = figures(config, model, row, drawn.ms, said)
+    costs = costs_of(config, model, row.plan, meter)
+
+    def measured(
+      row: Row = row, drawn: Drawn = drawn, costs: list[PhaseCost] = costs
+    ) -> None:
+      found = figures(config, model, row, costs, drawn.ms, said)
       seconds = drawn.seconds | {"metrics": 0.0}
       with _clock(seconds, "metrics"):
         tools = view.instruments
@@ -358,51 +473,83 @@ def figures(
   config: Config,
   model: spec.Model,
   row: Row,
+  costs: Sequence[PhaseCost],
   ms: Sequence[float],
   about: Mapping[str, Any],
 ) -> dict[str, Any]:
   """What is known of a row besides its quality: budget, price, time and protocol.
 
-  about: the entries of the protocol that `protocol_of` cannot know.
+  costs: of `costs_of`. about: the entries of the protocol that `protocol_of` cannot
+  know.
   """
-  shape, budget = config.data.shape, row.phase.budget
+  shape = config.data.shape
   price = functools.partial(spec.flops, model, shape)
-  cost = plan_cost(
-    row.plan,
-    config_lib.solver(config, model),
-    process(config.flow.path),
-    sample.prices(config, model),
-  )
+  evaluations = sum(cost.strong + cost.weak for cost in costs)
+  reused = sum(cost.reused for cost in costs)
   read = spec.find(model, spec.Read)
   counts = denoiser.parameter_counts(model, shape)
   counts.pop("position_table")
-  latents = spec.kept(read, budget) if isinstance(read, spec.Read) else None
+  tokens = functools.partial(spec.core_tokens, model, shape)
   return {
     "name": row.name,
     "kind": row.kind,
-    "budget": str(budget),
-    "steps": row.phase.steps,
-    "guidance_scale": row.phase.guidance.scale if row.phase.guidance else 1.0,
-    "latents_per_group": latents,
-    "core_tokens": spec.core_tokens(model, shape, budget),
+    "plan": grammar.written(row.plan),
+    "budget": _budget_text(row),
+    "steps": row.steps,
+    "guidance_scale": row.guidance.scale if row.guidance else 1.0,
+    "reuse_threshold": row.threshold,
+    "seed": config.eval.seed if row.seed is None else row.seed,
+    "latents_per_group": over_steps(row.plan, lambda b: spec.kept(read, b))
+    if isinstance(read, spec.Read)
+    else None,
+    "core_tokens": over_steps(row.plan, tokens),
     "parameters": sum(counts.values()),
-    "gflops_per_image": cost.flops / 1e9,
-    "gflops_per_forward": price(budget) / 1e9,
+    "evaluations": evaluations,
+    "reused": reused,
+    "gflops_per_image": sum(cost.flops for cost in costs) / 1e9,
+    "gflops_per_forward": over_steps(row.plan, price) / 1e9,
     "ms_per_image": float(np.median(ms)) if ms else None,
     "ms_per_image_runs": list(ms),
     "samples": row.count,
-    "protocol": protocol_of(config, row, cost.evaluations, about),
+    "protocol": protocol_of(config, row, evaluations, about, reused),
   }
 
 
+def costs_of(
+  config: Config, model: spec.Model, plan: Plan, meter: caching.Meter | None
+) -> list[PhaseCost]:
+  """The price of a plan. meter: of one that reuses evaluations; all processes have to
+  ask, as it may run on all devices.
+  """
+  solver, path = config_lib.solver(config, model), process(config.flow.path)
+  decided = schedule.decide(plan, solver, path, meter)
+  return phase_costs(decided, solver, path, sample.prices(config, model))
+
+
+def _budget_text(row: Row) -> str:
+  return ", ".join(map(str, row.budgets))
+
+
+def over_steps(plan: Plan, of: Callable[[Budget], int]) -> float:
+  """Mean over the steps of what a budget has; exact, where it is a whole number."""
+  total = sum(phase.steps * of(phase.budget) for phase in plan)
+  steps = sum(phase.steps for phase in plan)
+  return total / steps if total % steps else total // steps
+
+
 def protocol_of(
-  config: Config, row: Row, evaluations: int, about: Mapping[str, Any]
+  config: Config,
+  row: Row,
+  evaluations: int,
+  about: Mapping[str, Any],
+  reused: int = 0,
 ) -> dict[str, Any]:
   """How a row was measured and what it is a row of: see elit_jax/eval/protocol.py.
 
-  about: {"measurement": ..., "subject": ...}, which go first.
+  about: {"measurement": ..., "subject": ...}, which go first. reused: evaluations that
+  were not run.
   """
-  guidance = row.phase.guidance
+  guidance = row.guidance
   measurement = dict(about["measurement"]) | {
     "samples": row.count,
     "labels": config.eval.labels,
@@ -411,15 +558,17 @@ def protocol_of(
   subject = dict(about["subject"]) | {
     "average": config.sample.ema,
     "solver": config.sample.solver,
-    "steps": row.phase.steps,
+    "plan": grammar.written(row.plan),
+    "steps": row.steps,
     "evaluations": evaluations,
-    "budget": str(row.phase.budget),
+    "reused": reused,
+    "budget": _budget_text(row),
     "guidance_scale": guidance.scale if guidance else 1.0,
     "guidance_interval": [guidance.low, guidance.high] if guidance else None,
     "guided_channels": guidance.channels if guidance else None,
     "weak_label": guidance.label if guidance else None,
-    "weak_budget": str(row.phase.weak_budget) if guidance else None,
-    "seed": config.eval.seed,
+    "weak_budget": str(row.weak_budget) if guidance else None,
+    "seed": config.eval.seed if row.seed is None else row.seed,
     "batch_size": config.sample.batch_size,
     "dtype": config.model.dtype,
     "matmul_precision": environment.matmul_precision(),

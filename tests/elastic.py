@@ -12,4 +12,6 @@ def get_config() -> ConfigDict:
   config.elit.window = (4, 4)
   config.budgets = ("k1", "k2", "k4", "k8", "k16")
   config.budget_weights = ()
+  config.eval.sweep_reuse = ()  # which wants a calibration
+  config.eval.sweep_seeds = 0
   return config

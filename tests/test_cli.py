@@ -482,10 +482,26 @@ def test_a_sweep_in_one_command(tiny_run, workdir):
   assert len(rows) == 2 * 2 + 3 * 2
   lines = (folder / "sweep.csv").read_text().splitlines()
   assert len(lines) == 1 + len(rows) and "fid_standard_error" in lines[0]
-  assert len(list(folder.glob("*.png"))) >= 3
+  page = (folder / "report.md").read_text()
+  pictures = {path.name for path in folder.glob("*.png")}
+  assert len(pictures) >= 7
+  assert {*re.findall(r"\((\w+\.png)\)", page)} == pictures
   assert not list(folder.glob("*.npz"))  # of samples nothing is kept
-  with pytest.raises(ConfigError, match="eval.metrics is empty"):
-    tiny_run("sweep", workdir, TWO, "--config.eval.metrics=()")
+
+
+def test_a_sweep_without_metrics_is_of_cost_and_pictures(tiny_run, workdir):
+  more = ("--config.eval.sweep_seeds=2", "--config.eval.guidance_scale=1")
+  more += ("--config.eval.sweep_steps=()", "--config.eval.sweep_scales=()")
+  tiny_run("sweep", workdir, TWO, "--config.eval.metrics=()", *more)
+  folder = workdir / "sweep"
+  rows = json.loads((folder / "metrics.json").read_text())["rows"]
+  assert [(row["name"], row["samples"]) for row in rows] == [("k4", 10), ("k1", 10)]
+  assert all(row["ms_per_image"] > 0 and row["metrics"] == {} for row in rows)
+  assert {path.name for path in folder.glob("*.png")} == {"budgets.png", "cost.png"}
+  assert "nothing here on quality" in (folder / "report.md").read_text()
+  with pytest.raises(ConfigError, match="'TeaCache 0.1'.*--mode=calibrate"):
+    tiny_run("sweep", workdir, TWO, "--config.eval.sweep_reuse=(0.1,)", *more)
+  assert (folder / "report.md").exists()
 
 
 def test_evaluation_as_training_goes(tiny_run, workdir, monkeypatch):

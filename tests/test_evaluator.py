@@ -1,6 +1,7 @@
 """Rows of an evaluation: which there are, how they are drawn, what is said of them."""
 
 import dataclasses
+import functools
 
 import elastic
 import jax
@@ -12,7 +13,8 @@ from elit_jax import evaluator, measure, preemption, sample, sharding
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
 from elit_jax.eval.image_sets import read_images
-from elit_jax.sampling import schedule
+from elit_jax.models import spec
+from elit_jax.sampling import grammar, schedule
 
 SHAPE = (8, 8, 1)
 
@@ -99,11 +101,11 @@ def test_a_sweep_is_a_grid_and_scales_and_few_programs():
   config = make_config(eval__sweep_steps=(3, 25, 7), eval__sweep_scales=(1.0, 1.5))
   rows = evaluator.sweep_rows(config, model_of(config))
   plain = [row for row in rows if row.kind == "plain"]
-  assert {(str(r.phase.budget), r.phase.steps) for r in plain} == {
+  assert {(str(r.budgets[0]), r.steps) for r in plain} == {
     (budget, steps) for budget in ("k4", "k1") for steps in (3, 7, 25)
   }
   assert len(plain) == 6  # 25 steps are asked for twice
-  guided = [(row.kind, row.phase.guidance.scale) for row in rows if row not in plain]
+  guided = [(row.kind, row.guidance.scale) for row in rows if row not in plain]
   assert sorted(guided) == sorted(
     (kind, scale) for kind in ("cfg", "ccfg", "autog") for scale in (1.5, 2.0)
   )
@@ -111,6 +113,146 @@ def test_a_sweep_is_a_grid_and_scales_and_few_programs():
   made = sample.from_config(config, model_of(config), sharding.make_mesh())
   forms = schedule.programs(made.decide(row.plan) for row in rows)
   assert len(forms) == 5  # two budgets, three kinds of guidance
+
+
+def test_a_sweep_reuses_at_the_largest_budget_without_guidance():
+  config = make_config(eval__sweep_reuse=(0.2, 0.0, 0.05), sample__steps=7)
+  rows = evaluator.reuse_rows(config, model_of(config))
+  assert [(row.name, row.kind, row.threshold) for row in rows] == [
+    ("TeaCache 0.05", "reuse", 0.05),
+    ("TeaCache 0.2", "reuse", 0.2),
+  ]
+  assert {(str(row.budgets[0]), row.steps, row.guidance) for row in rows} == {
+    ("k4", 7, None)
+  }
+  assert set(rows) <= set(evaluator.sweep_rows(config, model_of(config)))
+
+
+def test_schedules_go_both_ways_and_have_their_ends():
+  config = make_config(eval__sweep_seeds=2, eval__seed=5, sample__steps=7)
+  rows = evaluator.schedule_rows(config, model_of(config))
+  assert [row.name for row in rows[::2]] == [
+    "k1, seed 6",
+    "k1 then k4, seed 6",
+    "k4 then k1, seed 6",
+    "k4, seed 6",
+  ]
+  assert [row.seed for row in rows] == 4 * [6, 7]
+  written = [grammar.written(row.plan) for row in rows[::2]]
+  # Steps begin at 1, 6/7, 5/7, 4/7; 3/7, 2/7, 1/7.
+  assert written == ["7@k1", "4@k1 3@k4", "4@k4 3@k1", "7@k4"]
+  assert {row.kind for row in rows} == {"schedule"}
+  assert set(rows) <= set(evaluator.sweep_rows(config, model_of(config)))
+
+
+@pytest.mark.parametrize(
+  ("leaves", "noisy"),
+  [
+    ({"sample__steps": 40}, 20),
+    ({"sample__steps": 7}, 4),
+    # t' = 3 t / (1 + 2 t) is 1/2 at t = 1/4.
+    ({"sample__steps": 8, "sample__shift": "3"}, 6),
+  ],
+)
+def test_noise_levels_and_not_steps_are_halved(leaves, noisy):
+  config = make_config(**leaves)
+  assert evaluator.noisy_steps(config, model_of(config)) == noisy
+
+
+@pytest.mark.parametrize(
+  "leaves",
+  [
+    {"eval__sweep_seeds": 0},
+    {"budgets": ("k4",)},
+    {"sample__steps": 1},
+    {"eval__metrics": ()},
+  ],
+  ids=["no seeds", "one budget", "one step", "no metrics"],
+)
+def test_there_are_no_schedules_where_they_mean_nothing(leaves):
+  config = make_config(**{"eval__sweep_seeds": 2, **leaves})
+  rows = evaluator.sweep_rows(config, model_of(config))
+  assert rows and "schedule" not in {row.kind for row in rows}
+
+
+def test_the_last_seed_is_followed_by_the_first():
+  config = make_config(eval__sweep_seeds=2, eval__seed=2**32 - 2)
+  rows = evaluator.schedule_rows(config, model_of(config))
+  assert {row.seed for row in rows} == {2**32 - 1, 0}
+
+
+def test_without_metrics_no_more_is_drawn_than_is_shown():
+  rows = {}
+  for metrics in ((), ("fid", "is")):
+    config = make_config(eval__metrics=metrics, eval__count=100)
+    rows[metrics] = evaluator.sweep_rows(config, model_of(config))
+  assert {row.count for row in rows[()]} == {evaluator.SHOWN}
+  assert {row.count for row in rows["fid", "is"]} == {100}
+  assert [row.name for row in rows[()]] == [row.name for row in rows["fid", "is"]]
+
+
+def test_sampled_rows_are_named_by_their_plan():
+  more = {"eval__rows": ("sampled",), "sample__budgets": ("k1",)}
+  spelt = make_config(sample__plan="2@k1 3@k4, teacache 0.1", eval__rows=("sampled",))
+  (row,) = evaluator.report_rows(spelt, model_of(spelt))
+  assert (row.name, row.kind) == ("2@k1 3@k4, teacache 0.1", "plan")
+  cached = make_config(sample__reuse=0.1, **more)
+  (row,) = evaluator.report_rows(cached, model_of(cached))
+  assert (row.name, row.kind) == ("k1, TeaCache 0.1", "reuse")
+
+
+# --- figures --------------------------------------------------------------------------
+
+
+def change(times_n):
+  """A meter by which every third of ten evaluations is run, at a threshold of 0.25."""
+  return np.full(len(times_n), 0.1)
+
+
+def figures_of(config, plan, meter=None, **more):
+  model = model_of(config)
+  read = functools.partial(spec.budget_for, model, SHAPE)
+  row = evaluator.Row("x", "plan", grammar.parse(plan, read), 40, **more)
+  costs = evaluator.costs_of(config, model, row.plan, meter)
+  said = {"measurement": {}, "subject": {}}
+  return evaluator.figures(config, model, row, costs, [2.0, 1.0, 9.0], said)
+
+
+def test_figures_of_several_phases():
+  config = make_config()
+  found = figures_of(config, "6@k1; 2@k4, ccfg 3@k1 in [0, 1]; 2@k4", seed=9)
+  one, full = (figures_of(config, f"10@{budget}") for budget in ("k1", "k4"))
+  assert (found["plan"], found["budget"]) == ("6@k1; 2@k4, ccfg 3@k1; 2@k4", "k1, k4")
+  assert (found["steps"], found["evaluations"], found["guidance_scale"]) == (10, 12, 3)
+  assert (found["latents_per_group"], found["core_tokens"]) == (2.2, 8.8)
+  assert (one["core_tokens"], full["core_tokens"]) == (4, 16)
+  flops = 0.8 * one["gflops_per_image"] + 0.4 * full["gflops_per_image"]
+  assert found["gflops_per_image"] == pytest.approx(flops, rel=1e-9)
+  forward = 0.6 * one["gflops_per_forward"] + 0.4 * full["gflops_per_forward"]
+  assert found["gflops_per_forward"] == pytest.approx(forward, rel=1e-9)
+  assert found["ms_per_image"] == 2.0
+  subject = found["protocol"]["subject"]
+  wanted = {"plan": found["plan"], "budget": "k1, k4", "steps": 10, "seed": 9}
+  wanted |= {"guidance_scale": 3.0, "weak_budget": "k1", "weak_label": "null"}
+  assert wanted.items() <= subject.items()
+
+
+def test_what_is_reused_is_counted_and_costs_less():
+  config = make_config()
+  whole = figures_of(config, "10@k4")
+  found = figures_of(config, "10@k4, teacache 0.25", change)
+  assert (whole["evaluations"], whole["reused"]) == (10, 0)
+  assert found["evaluations"] + found["reused"] == 10 and found["reused"] >= 5
+  assert found["gflops_per_image"] < 0.6 * whole["gflops_per_image"]
+  assert (whole["reuse_threshold"], found["reuse_threshold"]) == (0, 0.25)
+  assert found["protocol"]["subject"]["reused"] == found["reused"]
+
+
+def test_a_row_has_its_own_seed():
+  config = make_config(eval__seed=5)
+  assert figures_of(config, "10@k4")["seed"] == 5
+  found = figures_of(config, "10@k4", seed=0)
+  assert found["seed"] == found["protocol"]["subject"]["seed"] == 0
 
 
 # --- labels ---------------------------------------------------------------------------
@@ -125,6 +267,13 @@ def test_fewer_labels_are_the_first_of_more(kind):
   counts = np.bincount(many, minlength=10)
   assert len(counts) == 10
   assert np.ptp(counts) == 0 if kind == "balanced" else 20 < np.ptp(counts) < 200
+
+
+def test_another_seed_draws_other_labels():
+  config = make_config(eval__labels="random")
+  own, same, other = (evaluator.labels_of(config, 100, s) for s in (None, 1, 2))
+  np.testing.assert_array_equal(own, same)
+  assert (own != other).any()
 
 
 def test_every_kind_of_labels_has_its_function():
@@ -195,6 +344,24 @@ def test_what_is_there_is_not_drawn_again(tmp_path, instruments, monkeypatch):
   assert values(table) == values(whole)
 
 
+def test_a_row_is_drawn_by_its_own_seed(tmp_path, instruments):
+  config = make_config(eval__count=8, sample__batch_size=8, eval__labels="random")
+  row = evaluator.report_rows(config, model_of(config))[0]
+  rows = [dataclasses.replace(row, seed=seed, name=f"{seed}") for seed in (None, 1, 2)]
+  drawn = []
+
+  def draw(params, seed, index_n, label_n, plan):
+    drawn.append((seed, list(label_n)))
+    return noise(params, seed, index_n, label_n)
+
+  view = evaluator.View(None, instruments)
+  settings = (config, model_of(config), rows, draw, view, {}, tmp_path, 7)
+  table = evaluator.draw_rows(*settings)
+  assert drawn[0] == drawn[1] and drawn[2][0] == 2
+  assert drawn[2][1] == list(evaluator.labels_of(config, 8, 2)) != drawn[0][1]
+  assert values(table)[0] == values(table)[1] != values(table)[2]
+
+
 def test_samples_are_kept_as_asked_and_saved_for_others(tmp_path, instruments):
   config = make_config(eval__count=20, sample__batch_size=8)
   saved = []
@@ -240,7 +407,7 @@ def test_a_training_set_that_cannot_be_held_is_no_reference(monkeypatch):
 def test_guided_rows_keep_the_interval_of_the_config():
   config = make_config(guidance__low=0.2, guidance__high=0.7)
   rows = evaluator.guided_rows(config, model_of(config), 2.0)
-  assert {(r.phase.guidance.low, r.phase.guidance.high) for r in rows} == {(0.2, 0.7)}
+  assert {(r.guidance.low, r.guidance.high) for r in rows} == {(0.2, 0.7)}
 
 
 # --- protocols ------------------------------------------------------------------------

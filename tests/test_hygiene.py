@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # These see everything.
 ENTRY_POINTS = frozenset(
-  {"train", "sample", "evaluate", "exchange", "score", "calibrate"}
+  {"train", "sample", "evaluate", "exchange", "score", "calibrate", "planning"}
 )
 
 # A room that may import only these rooms of ours.
@@ -49,6 +49,7 @@ NEVER: dict[str, frozenset[str]] = {
   "doctor": ENTRY_POINTS,
   "evaluator": ENTRY_POINTS - {"sample"},
   "monitor": ENTRY_POINTS - {"sample"},
+  "latency": ENTRY_POINTS - {"sample"},
   "pretrained": ENTRY_POINTS - {"sample"},
   "autoencoder": ENTRY_POINTS,
   "calibration": ENTRY_POINTS,

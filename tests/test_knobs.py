@@ -39,7 +39,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 93
+MOST_LEAVES = 102
 
 
 class Knob(NamedTuple):
@@ -94,6 +94,7 @@ KNOBS = {
   "budget_weights": Knob((1.0, 3.0), "budgets", ELIT),
   "flow.path": Knob("cosine", "step sampling", {"sample.solver": "sde"}),
   "flow.time": Knob("uniform", "step"),
+  "flow.shift": Knob("resolution", "step"),
   "flow.label_dropout": Knob(0.2, "step"),
   "train.steps": Knob(90, "training"),
   "train.batch_size": Knob(64, "step data"),
@@ -120,6 +121,7 @@ KNOBS = {
   "sample.steps": Knob(20, "sampling"),
   "sample.solver": Knob("heun", "sampling"),
   "sample.reuse": Knob(0.1, "sampling"),
+  "sample.shift": Knob("resolution 0.02", "sampling"),
   "sample.budgets": Knob(("k1",), "sampling", ELIT),
   "sample.classes": Knob((3, 1), "sampling"),
   "sample.decoder": Knob("random:1", "sampling", TINY),
@@ -149,6 +151,8 @@ KNOBS = {
   "eval.every": Knob(40, "training", TOY),
   "eval.sweep_steps": Knob((3,), "sweeping", TOY),
   "eval.sweep_scales": Knob((1.5,), "sweeping", TOY),
+  "eval.sweep_reuse": Knob((0.1,), "sweeping", TOY),
+  "eval.sweep_seeds": Knob(1, "sweeping", TOY | ELIT),
   "prepare.source": Knob("others", "preparing", PIXELS),
   "prepare.kind": Knob("folder", "preparing", PIXELS),
   "prepare.split": Knob("validation", "preparing", PIXELS),
@@ -307,8 +311,8 @@ def recorded(run, config: config_lib.Config) -> list:
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     calls.append(text)
 
-    def run(params, *arguments):
-      small = [a for a in jax.tree.leaves(arguments) if a.size < 256]
+    def run(*arguments):  # parameters first, if any
+      small = [a for a in jax.tree.leaves(arguments[1:]) if a.size < 256]
       calls.append(f"{text} {[*map(_plain, small)]}")
       return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), lowered.out_info)
 
@@ -318,9 +322,13 @@ def recorded(run, config: config_lib.Config) -> list:
     calls.append(f"average {config.sample.ema}")
     return 7, {}
 
+  def meter(times_n):
+    return np.full(len(times_n), 0.04)
+
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(jax.stages.Lowered, "compile", compile_nothing)
     patch.setattr(sample, "load_ema", load_ema)
+    patch.setattr(evaluate, "meter_of", lambda *_: meter)
     # The first of what both write after the folder is their rows.
     for module, name in ((evaluate, "write"), (plots, "write")):
       patch.setattr(module, name, lambda *given: calls.extend(protocols(given)))

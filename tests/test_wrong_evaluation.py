@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from elit_jax import config as config_lib
-from elit_jax import evaluate, measure, score, sharding
+from elit_jax import measure, score, sharding
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
 from elit_jax.eval import protocol, statistics
@@ -228,9 +228,13 @@ CASES = {
     lambda d: make_config(eval__bootstrap=1),
     "bootstrap is 1.*at least 2",
   ),
-  "a sweep of nothing": (
-    lambda d: evaluate.sweep(make_config(eval__metrics=()), d / "run"),
-    "eval.metrics is empty",
+  "a negative threshold": (
+    lambda d: make_config(eval__sweep_reuse=(0.1, -0.1)),
+    "sweep_reuse has -0.1: want at least 0, and finite",
+  ),
+  "fewer than no seeds": (
+    lambda d: make_config(eval__sweep_seeds=-1),
+    "sweep_seeds is -1: it must not be negative",
   ),
   "latents are no pictures": (
     lambda d: measure.instruments(

@@ -1,11 +1,11 @@
 """A report as files: pictures, a table and JSON, from plain data.
 
 A row is a dict with the keys `ROW_KEYS`, one for each way of sampling: `kind` is
-"plain", or how it is guided; `ms_per_image` the median of `ms_per_image_runs`,
-`samples` their number, `metrics` has {"value", "standard_error", ...} by name, and
-`protocol` is all that the figures depend on. It may have a validation loss (`OF_LOSS`;
-a guided row has no loss of its own: these are those of its strong budget), the fraction
-`recognised` and the `nearest_train_distance`.
+"plain", how it is guided, or what else its plan does (`evaluator.Row`); `ms_per_image`
+the median of `ms_per_image_runs`, `samples` their number, `metrics` has {"value",
+"standard_error", ...} by name, and `protocol` is all that the figures depend on. It may
+have a validation loss (`OF_LOSS`; a guided row has no loss of its own: these are those
+of its strong budget), the fraction `recognised` and the `nearest_train_distance`.
 """
 
 import json
@@ -43,23 +43,23 @@ ROW_KEYS = (
   "metrics",
   "protocol",
 )
+UNGUIDED = ("plain", "plan", "reuse")
 OF_LOSS = ("validation_loss", "validation_loss_se", "validation_loss_paired_se")
-_GUIDED_STYLES = (
-  ("s", "#d1495b"),
-  ("^", "#e08e1b"),
-  ("D", "#3c8d5a"),
-  ("v", "#7a4fa3"),
+_OTHER_STYLES = (
+  ("s", drawing.RED),
+  ("^", drawing.VIOLET),
+  ("D", drawing.GREEN),
+  ("v", drawing.ORANGE),
 )
 
 
 def row_caption(row: Mapping) -> str:
-  """Three lines for the grid: the row's name, its latents, and what an image costs."""
+  """For the grid: the row's name, its latents if any, and what an image costs."""
   latents = row["latents_per_group"]
   gflops, ms = map(drawing.number, (row["gflops_per_image"], row["ms_per_image"]))
-  return (
-    f"{row['name']}\n{latents} latent{'' if latents == 1 else 's'} a group\n"
-    f"{gflops} GFLOPs, {ms} ms an image"
-  )
+  lines = [row["name"], f"{latents} latent{'' if latents == 1 else 's'} a group"]
+  lines = lines if latents is not None else lines[:1]
+  return "\n".join([*lines, f"{gflops} GFLOPs, {ms} ms an image"])
 
 
 def fitted(labels: Sequence[str], points: float) -> tuple[list[str], float]:
@@ -283,7 +283,7 @@ def _draw_quality(
       [row],
       cost,
       quantity,
-      label=f"{row['name']} (guided)",
+      label=row["name"] if row["kind"] in UNGUIDED else f"{row['name']} (guided)",
       color=colour,
       marker=marker,
       linestyle="none",
@@ -440,7 +440,7 @@ def _draw_points(
 
 
 def _styles(count: int) -> list[tuple[str, str]]:
-  return [_GUIDED_STYLES[i % len(_GUIDED_STYLES)] for i in range(count)]
+  return [_OTHER_STYLES[i % len(_OTHER_STYLES)] for i in range(count)]
 
 
 def _notes(rows: Sequence[Mapping], reference: Mapping) -> list[str]:
