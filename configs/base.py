@@ -122,7 +122,7 @@ def get_config() -> ConfigDict:
         "target": "",  # such as 12ms | 2.5TF | 40% (of steps at the largest budget)
         "steps": (),  # numbers of steps; (): a ladder up to sample.steps
         "segments": 2,  # parts of a run that may have different budgets, at most
-        "reuse": (),  # thresholds of TeaCache, besides 0
+        "reuse": (),  # thresholds of TeaCache, besides 0; (): those calibrated
       },
       "eval": {
         "draws": 16,  # noise draws for each held-out image; 0: no validation loss

@@ -264,13 +264,15 @@ def _draw_measured(axes: Axes, report: Mapping[str, Any]) -> None:
     fmt="o",
     color="0.6",
     capsize=2,
+    zorder=1,
     label="measured",
   )
   front = sorted((row for row in rows if row["pareto"]), key=lambda row: row[key])
   axes.plot(
     [row[key] for row in front],
     [row["metrics"][metric]["value"] for row in front],
-    **{"color": drawing.PLAIN_COLOUR, "marker": "o", "label": "beaten by none"},
+    **{"color": drawing.PLAIN_COLOUR, "marker": "o", "zorder": 3},
+    label="beaten by none",
   )
   drawing.scale_cost(axes, [row[key] for row in rows])
   axes.set_xlabel(f"{UNITS[report['price']][0]} an image")

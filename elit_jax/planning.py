@@ -74,17 +74,18 @@ class Listing:
 # --- what is searched -----------------------------------------------------------------
 
 
-def space_of(config: Config, model: spec.Model, known: Sequence[str]) -> search.Space:
-  """What `plan` tries; known: budgets that were calibrated, as text.
+def space_of(config: Config, model: spec.Model, known: Calibration) -> search.Space:
+  """What `plan` tries.
 
-  Of many training budgets a few, evenly spread in FLOPs with both ends.
+  Of many training budgets a few, evenly spread in FLOPs with both ends. Unless the
+  config names some, the thresholds whose error was calibrated.
   """
   price = functools.partial(spec.flops, model, config.data.shape)
   all_budgets = config_lib.budgets(config, model)
-  usable = [budget for budget in all_budgets if str(budget) in known]
+  usable = [budget for budget in all_budgets if str(budget) in known.loss_gap]
   if not usable:
     raise ConfigError(
-      f"the calibration knows {', '.join(known) or 'no budget'}, and none of "
+      f"the calibration knows {', '.join(known.loss_gap) or 'no budget'}, and none of "
       f"config.budgets {config.budgets}: measure them with --mode=calibrate"
     )
   budgets = search.ladder(usable, price)
@@ -96,10 +97,10 @@ def space_of(config: Config, model: spec.Model, known: Sequence[str]) -> search.
   guidance = config_lib.guidance(config, model)
   weak = guidance.budget if guidance else None
   if weak is not None and weak not in budgets:
-    if str(weak) not in known:
+    if str(weak) not in known.loss_gap:
       raise ConfigError(
         f"config.guidance.budget is {weak}, of which the calibration knows nothing: "
-        f"use one of {', '.join(known)}"
+        f"use one of {', '.join(known.loss_gap)}"
       )
     budgets = tuple(sorted((*budgets, weak), key=price))
   return search.Space(
@@ -107,7 +108,7 @@ def space_of(config: Config, model: spec.Model, known: Sequence[str]) -> search.
     config.plan.steps or usable_steps(config, model),
     config.plan.segments,
     search.aims(guidance, budgets),
-    (0.0, *sorted({x for x in config.plan.reuse if x > 0})),
+    (0.0, *sorted(x for x in {*(config.plan.reuse or known.reuse_error)} if x > 0)),
   )
 
 
@@ -151,8 +152,13 @@ def listing(
   Without a target that is the cheapest plan that should be as good as the usual one.
   ConfigError for a target below the cheapest plan.
   """
-  space = space_of(config, made.model, [*known.loss_gap])
+  space = space_of(config, made.model, known)
   target = search.target(config.plan.target)
+  if target and target.kind == "ms" and table is None:
+    raise ConfigError(
+      f"config.plan.target is {target.text!r}, and nothing is known of the latency of "
+      "this machine: give it in FLOPs, such as 2.5TF or 40%"
+    )
   look = functools.partial(
     search.search,
     stepper=made.stepper,
@@ -165,7 +171,7 @@ def listing(
   guidance = config_lib.guidance(config, made.model)
   usual = look(search.Space(space.budgets, (config.sample.steps,), 1, (guidance,)))
   found = look(space)
-  kind = "ms" if target is None or target.kind == "ms" else "flops"
+  kind = "ms" if table and (target is None or target.kind == "ms") else "flops"
   price = getattr(found, kind)
   front = search.frontier(price, found.excess)
   limit = math.inf
@@ -249,7 +255,7 @@ def run(config: Config, workdir: pathlib.Path, evaluated: bool = False) -> None:
   known = distributed.together(lambda: calibration.load(workdir, config, step))
   meter = search.remembered(known.meter(model, params))
   made = sample.from_config(config, model, mesh, meter=meter)
-  space = space_of(config, model, [*known.loss_gap])
+  space = space_of(config, model, known)
   table = latencies(
     config,
     workdir,

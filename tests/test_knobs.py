@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import planned
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
@@ -35,11 +36,12 @@ from elit_jax import (
   sharding,
   train,
 )
+from elit_jax import planning as plan_mode
 from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 102
+MOST_LEAVES = 106
 
 
 class Knob(NamedTuple):
@@ -137,6 +139,10 @@ KNOBS = {
     "three", "sampling evaluation", GUIDED | {"data.shape": (8, 8, 4)}
   ),
   "guidance.way": Knob("calls", "sampling", GUIDED),
+  "plan.target": Knob("30%", "planning", ELIT),
+  "plan.steps": Knob((3,), "planning", ELIT),
+  "plan.segments": Knob(1, "planning", ELIT),
+  "plan.reuse": Knob((0.2,), "planning", ELIT),
   "eval.draws": Knob(8, "evaluation"),
   "eval.count": Knob(100, "evaluation"),
   "eval.guidance_scale": Knob(3.0, "evaluation"),
@@ -451,6 +457,18 @@ def preparing(config: config_lib.Config) -> Any:
     return found, [(str(path), path.read_bytes()) for path in made]
 
 
+def planning(config: config_lib.Config) -> Any:
+  """What `--mode=plan` lists and recommends, by a calibration made up."""
+
+  def meter(times):
+    return np.append(np.inf, np.abs(np.diff(times)))
+
+  model, mesh = config_lib.build_model(config), sharding.make_mesh()
+  made = sample.from_config(config, model, mesh, meter=meter)
+  found = plan_mode.listing(config, made, planned.known(config), None)
+  return plan_mode.rows_of(config, made, found, None)
+
+
 EFFECTS = {
   f.__name__: f
   for f in (
@@ -467,6 +485,7 @@ EFFECTS = {
     sweeping,
     measuring,
     preparing,
+    planning,
   )
 }
 _seen: dict[tuple[str, str], Any] = {}

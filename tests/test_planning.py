@@ -18,8 +18,9 @@ from configs import digits
 from elit_jax import config as config_lib
 from elit_jax import latency, plan_report, planning, preemption, sample, sharding
 from elit_jax.budget import Budget
+from elit_jax.errors import ConfigError
 
-SETTINGS = {"sample.steps": 8, "plan.steps": (2, 4, 8)}
+SETTINGS = {"sample.steps": 8, "plan.steps": (2, 4, 8), "plan.reuse": (0.0,)}
 
 
 def make_config(**leaves) -> config_lib.Config:
@@ -95,6 +96,13 @@ def test_targets_in_flops_need_no_table(target, key, scale):
   assert all(row["ms"] is None for row in rows)
 
 
+def test_without_a_table_flops_decide():
+  listed, rows, _ = listed_of(make_config(), table=False)
+  assert listed.kind == "flops" and len(rows) > 4
+  with pytest.raises(ConfigError, match="'9ms', and nothing is known of the latency"):
+    listed_of(make_config(plan__target="9ms"), table=False)
+
+
 def test_the_usual_plan_is_that_of_the_config():
   config = make_config(guidance__scale=2.0, guidance__budget="k1")
   listed, _, made = listed_of(config)
@@ -120,6 +128,8 @@ def test_rows_are_exact():
     decided = made.decide(listed.found.plan(int(index)))
     assert row["reused"] == sum(int((~phase.run_SE).sum()) for phase in decided)
   assert any(row["reused"] for row in rows)
+  # Those that were calibrated, if none is named.
+  assert listed_of(make_config(plan__reuse=()))[1] == rows
 
 
 def test_plan_writes_and_says_it(run_main, workdir, caplog):

@@ -31,8 +31,11 @@ def uncalibrated(**changes) -> None:
   planning.listing(config, made, known, None)
 
 
-def space(known: list[str], **leaves):
+def space(budgets: list[str], **leaves):
+  """What is tried where these budgets were calibrated."""
   config = make_config(**leaves)
+  gap = dict.fromkeys(budgets, ())
+  known = dataclasses.replace(planned.known(config), loss_gap=gap)
   return planning.space_of(config, config_lib.build_model(config), known)
 
 
