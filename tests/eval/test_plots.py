@@ -351,6 +351,10 @@ def test_cells_of_equal_cost_are_paired_by_tokens():
   far = [make_row("plain", "k8", 8), make_row("plain", "k1", 12)]  # 8 and 4.8
   assert sweep_steps.equal_pairs(rows) == [(rows[1], rows[0])]
   assert sweep_steps.equal_pairs(far) == []
+  # Of one budget; and of two of which one saves nothing.
+  assert sweep_steps.equal_pairs([make_row("plain", steps=n) for n in (19, 20)]) == []
+  odd = make_row("plain", "k1", 21, gflops_per_image=22.0)
+  assert sweep_steps.equal_pairs([odd, make_row("plain", "k8", 20)]) == []
 
 
 def test_chance_has_little_colour():
