@@ -41,8 +41,11 @@ KINDS = {
 }
 MODES = (
   *("train", "sample", "eval", "sweep", "score", "statistics", "compare"),
+  *("calibrate", "plan"),
   *("prepare", "import", "export", "describe", "doctor"),
 )
+# Others may train in the workdir of these, but not write the same files.
+OWN_LOCK = ("eval", "sweep", "score", "statistics", "calibrate", "plan")
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment: a file in configs/."
@@ -63,6 +66,9 @@ TARGET = flags.DEFINE_string(
   None,
   "export: a new .safetensors or .pt file. statistics: a new .npz file.",
 )
+EVALUATE = flags.DEFINE_bool(
+  "evaluate", False, "plan: measure the quality of plans on the frontier."
+)
 DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, float16 or bfloat16.")
 
 # The flags that only some modes read, and these modes.
@@ -73,6 +79,7 @@ MODES_OF = {
   "graft": ("import",),
   "target": ("export", "statistics"),
   "dtype": ("export",),
+  "evaluate": ("plan",),
 }
 
 
@@ -96,6 +103,7 @@ def main(argv: list[str]) -> None:
     from elit_jax import describe
 
     description = describe.describe(config, BUDGETS.value)
+    description["plans"] = _plans(config)
     print(json.dumps(description) if JSON.value else describe.table(description))
     return
   workdir = pathlib.Path(WORKDIR.value).expanduser() if WORKDIR.value else None
@@ -109,6 +117,18 @@ def main(argv: list[str]) -> None:
   if not distributed.is_leader():
     logging.set_verbosity(logging.WARNING)  # one screen, one voice
   _run(config, workdir)
+
+
+def _plans(config: config_lib.Config) -> list[dict[str, Any]]:
+  """Every phase of config.sample.plan with its price; in ms, where --workdir knows."""
+  from elit_jax import describe, planning
+
+  if not config.sample.plan:
+    return []
+  if WORKDIR.value is None:
+    return describe.plans(config)
+  workdir = pathlib.Path(WORKDIR.value).expanduser()
+  return describe.plans(config, *planning.what_is_known(config, workdir))
 
 
 def _check_flags_of_mode() -> None:
@@ -145,7 +165,7 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
 
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
-  from elit_jax import evaluate, exchange, sample, score, train
+  from elit_jax import calibrate, evaluate, exchange, planning, sample, score, train
   from elit_jax.data import prepare
 
   preemption.install()
@@ -155,6 +175,8 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     "sample": sample.run,
     "eval": evaluate.run,
     "sweep": evaluate.sweep,
+    "calibrate": calibrate.run,
+    "plan": functools.partial(planning.run, evaluated=EVALUATE.value),
     "score": functools.partial(score.run, source=SOURCE.value),
     "statistics": functools.partial(
       score.run_statistics, source=SOURCE.value, target=TARGET.value
@@ -167,8 +189,7 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
       exchange.run_export, target=TARGET.value, dtype=DTYPE.value
     ),
   }
-  # Others may train in the workdir meanwhile, but not make the same report.
-  own = MODE.value in ("eval", "sweep", "score", "statistics") and workdir.is_dir()
+  own = MODE.value in OWN_LOCK and workdir.is_dir()
   alone = files.only_writer(workdir, f"{MODE.value}.") if own else nullcontext()
   with distributed.held_by_leader(alone):
     run[MODE.value](config, workdir)
@@ -287,7 +308,7 @@ def read_config(text: str) -> ConfigDict:
 def _refusal(text: str, leaves: dict[str, Any]) -> str:
   """What absl says of a flag, in our words where its value has the wrong type."""
   match = REFUSED.match(text)
-  examples = leaves | {"json": False, "graft": False}
+  examples = leaves | {"json": False, "graft": False, "evaluate": False}
   if match is None or type(examples.get(match[1])) not in KINDS:
     return " ".join(text.split())
   name, value, example = match[1], match[2], examples[match[1]]

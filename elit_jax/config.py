@@ -31,7 +31,7 @@ from elit_jax.flow.times import time_sampler
 from elit_jax.models import elastic, presets, spec, stages
 from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
-from elit_jax.sampling import grammar
+from elit_jax.sampling import grammar, search
 from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
 from elit_jax.sampling.step import Stepper
 from elit_jax.sampling.steppers import stepper
@@ -254,6 +254,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
   (("eval.count",), lambda x: x >= 2, "be at least 2"),
   (("eval.bootstrap",), lambda x: x == 0 or x >= 2, "be 0 (no errors) or at least 2"),
   (("eval.guidance_scale",), lambda x: 0 <= x < math.inf, "be at least 0, and finite"),
+  (("plan.segments",), lambda x: 1 <= x <= 4, "lie in [1, 4]"),
   # jax drops all higher bits: other seeds would be equal ones in disguise.
   (("seed", "sample.seed", "eval.seed"), lambda x: 0 <= x < 2**32, "lie in [0, 2**32)"),
 )
@@ -293,8 +294,9 @@ def check(config: Config) -> None:
   check_solver(config, model)
   if config.sample.plan:
     for found in planned:
-      _check_steps(sum(phase.steps for phase in found), config, model)
+      check_steps(sum(phase.steps for phase in found), config, model)
   check_evaluation(config, model)
+  check_planning(config, model)
 
 
 def check_evaluation(config: Config, model: spec.Model) -> None:
@@ -330,7 +332,7 @@ def check_sweep(config: Config, model: spec.Model) -> None:
   for steps in e.sweep_steps:
     if steps < 1:
       raise ConfigError(f"config.eval.sweep_steps has {steps}: want at least 1")
-    _check_steps(steps, config, model)
+    check_steps(steps, config, model)
   for scale in e.sweep_scales:
     if not 0 <= scale < math.inf:
       raise ConfigError(
@@ -340,6 +342,20 @@ def check_sweep(config: Config, model: spec.Model) -> None:
     if not 0 <= threshold < math.inf:
       raise ConfigError(
         f"config.eval.sweep_reuse has {threshold}: want at least 0, and finite"
+      )
+
+
+def check_planning(config: Config, model: spec.Model) -> None:
+  """Raises ConfigError for what `plan` asks wrongly."""
+  search.target(config.plan.target)
+  for steps in config.plan.steps:
+    if steps < 1:
+      raise ConfigError(f"config.plan.steps has {steps}: want at least 1")
+    check_steps(steps, config, model)
+  for threshold in config.plan.reuse:
+    if not 0 <= threshold < math.inf:
+      raise ConfigError(
+        f"config.plan.reuse has {threshold}: a threshold is at least 0, and finite"
       )
 
 
@@ -521,7 +537,7 @@ def check_solver(config: Config, model: spec.Model) -> None:
   made.coefficients(path, model.prediction, times)
 
 
-def _check_steps(steps: int, config: Config, model: spec.Model) -> None:
+def check_steps(steps: int, config: Config, model: spec.Model) -> None:
   """`check_solver` for another number of steps."""
   settings = dataclasses.replace(config.sample, steps=steps)
   check_solver(dataclasses.replace(config, sample=settings), model)
@@ -654,7 +670,29 @@ MODEL_LEAVES = (
   "data.vae",
 )
 # What the absence of such a leaf means, in configs saved before it was there.
-ABSENT = {"data.vae": ""}
+ABSENT: Mapping[str, Any] = {
+  "data.vae": "",
+  "flow.shift": "1",
+  "sample.plan": "",
+  "sample.shift": "1",
+  "sample.reuse": 0.0,
+  "guidance.way": "auto",
+  "plan.target": "",
+  "plan.steps": (),
+  "plan.segments": 2,
+  "plan.reuse": (),
+  "eval.sweep_reuse": (),
+  "eval.sweep_seeds": 0,
+}
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+  """A saved config with the leaves that were not there when it was saved."""
+  whole = {k: dict(v) if isinstance(v, Mapping) else v for k, v in saved.items()}
+  for name, value in ABSENT.items():
+    part, _, leaf = name.partition(".")
+    whole.setdefault(part, {}).setdefault(leaf, value)
+  return whole
 
 
 def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -704,14 +742,12 @@ _COMMA = re.compile(r",(?![^\[]*\])")  # none of "50% in [0.5, 1]"
 
 def _texts(values: Sequence[Any]) -> list[Any]:
   """What a flag gives where texts are wanted: a budget or a decay may be a number, and
-  k1,k4 comes as one text.
+  k1,k4 comes as one text, or as several cut at every comma.
   """
   texts = [str(v) if _is_number(v) else v for v in values]
-  return [
-    part.strip() if isinstance(v, str) else v
-    for v in texts
-    for part in (_COMMA.split(v) if isinstance(v, str) else [v])
-  ]
+  if not texts or not all(isinstance(v, str) for v in texts):
+    return texts
+  return [part.strip() for part in _COMMA.split(",".join(texts))]
 
 
 def _is_number(value: Any) -> bool:

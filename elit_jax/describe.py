@@ -1,15 +1,22 @@
 """`--mode=describe`: a model stage by stage, with its price at every budget."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 from elit_jax import config as config_lib
-from elit_jax import memory, sharding, trees
+from elit_jax import memory, plan_table, sharding, trees
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
+from elit_jax.flow.process import process
 from elit_jax.models import denoiser, spec
 from elit_jax.nn.partition import AXES
+from elit_jax.sampling import grammar
+from elit_jax.sampling.caching import Meter
+from elit_jax.sampling.cost import phase_costs
+from elit_jax.sampling.schedule import decide
+from elit_jax.sampling.search import Tariff
 
 # Parts of the parameters that are not stages of the trunk.
 EMBED = ("patch", "time", "label")
@@ -65,6 +72,36 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
   }
 
 
+def plans(
+  config: Config,
+  meter: Meter | None = None,
+  tariff: Tariff | None = None,
+  reason: str = "give the --workdir in which --mode=plan measured latency",
+) -> list[dict[str, Any]]:
+  """Every phase of the config's plans with its price for one sample.
+
+  meter: needed where evaluations are reused. tariff: in ms; reason: why there is none.
+  """
+  model = config_lib.build_model(config)
+  solver, path = config_lib.solver(config, model), process(config.flow.path)
+  parts = functools.partial(spec.parts, model, config.data.shape)
+  tokens = functools.partial(spec.core_tokens, model, config.data.shape)
+  found = []
+  for plan in config_lib.plans(config, model):
+    decided = decide(plan, solver, path, meter)
+    costs = phase_costs(decided, solver, path, parts)
+    rows = plan_table.phase_rows(decided, costs, tokens, tariff)
+    found.append(
+      {
+        "plan": grammar.written(plan),
+        "phases": rows,
+        "total": plan_table.total(rows),
+        "no_ms": "" if tariff else reason,
+      }
+    )
+  return found
+
+
 def matches(model: spec.Model) -> list[sharding.Match]:
   """Which rule puts each parameter where."""
   params = trees.by_path(denoiser.abstract_params(model))
@@ -117,7 +154,11 @@ def table(description: dict[str, Any]) -> str:
   specs = [f"  {s['stage']}: {s['spec']}" for s in description["stages"]]
   pieces = [budgets[i : i + COLUMNS] for i in range(0, len(budgets), COLUMNS)]
   tables = [_columns(description, piece) for piece in pieces]
-  return "\n".join([title, *specs, *tables, _placement(description)])
+  priced = []
+  for plan in description.get("plans", ()):
+    priced.append(plan_table.text(plan["plan"], plan["phases"]))
+    priced += [f"no ms: {plan['no_ms']}"] if plan["no_ms"] else []
+  return "\n".join([title, *specs, *tables, *priced, _placement(description)])
 
 
 def _placement(description: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from elit_jax import (
   autoencoder,
+  calibration,
   distributed,
   evaluator,
   files,
@@ -35,7 +36,6 @@ from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.sources import Source
 from elit_jax.data.stored import unpack
-from elit_jax.errors import ConfigError
 from elit_jax.eval import digits, plots, protocol, report
 from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
 from elit_jax.evaluator import Drawn, Row, View
@@ -234,16 +234,9 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
 def meter_of(
   bench: Bench, workdir: pathlib.Path, rows: Sequence[Row]
 ) -> caching.Meter | None:
-  """What says how much changes between evaluations, by which rows reuse them; None
-  where none does. ConfigError without a calibration of this checkpoint.
-  """
-  wanting = [row.name for row in rows if row.threshold]
-  if not wanting:
-    return None
-  raise ConfigError(
-    f"row {wanting[0]!r} reuses evaluations, and there is no calibration.json in "
-    f"{workdir}: run --mode=calibrate"
-  )
+  """Of the rows that reuse evaluations, if any do: see `calibration.meter_for`."""
+  plans = [row.plan for row in rows]
+  return calibration.meter_for(plans, workdir, bench.config, bench.step, bench.params)
 
 
 def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:
@@ -300,7 +293,6 @@ def compile_loss(
   The batch is filled up to what divides over the mesh. Noise, time and, of a latent,
   the sample are keyed by (eval.seed, draw, image): the same at every budget.
   """
-  size = sharding.round_up(config.train.batch_size, mesh)
   undropped = dataclasses.replace(config.flow, label_dropout=0.0)
   flow = config_lib.objective(
     dataclasses.replace(config, flow=undropped), model, lambda label: label
@@ -318,20 +310,33 @@ def compile_loss(
 
     return jax.lax.map(one, draws_R).T
 
-  split = sharding.split(mesh)
-  example = config_lib.example(config)
-  batch = {
-    "image": jax.ShapeDtypeStruct(
-      (size, *example.shape), example.dtype, sharding=split
-    ),
-    "label": jax.ShapeDtypeStruct((size,), np.int32, sharding=split),
-    "position": jax.ShapeDtypeStruct((size,), np.int32, sharding=split),
-  }
   everywhere = sharding.replicated(mesh)
   draws = jax.ShapeDtypeStruct((config.eval.draws,), np.int32, sharding=everywhere)
   params = sharding.place(mesh, denoiser.abstract_params(model))
   jitted = jax.jit(sharding.on_mesh(mesh, loss), out_shardings=everywhere)
-  return jitted.lower(params, batch, draws).compile()
+  return jitted.lower(params, batch_shapes(config, mesh), draws).compile()
+
+
+def batch_shapes(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+  """A training batch of held-out images, as programs are compiled for it."""
+  size = sharding.round_up(config.train.batch_size, mesh)
+  split, example = sharding.split(mesh), config_lib.example(config)
+  number = jax.ShapeDtypeStruct((size,), np.int32, sharding=split)
+  image = jax.ShapeDtypeStruct((size, *example.shape), example.dtype, sharding=split)
+  return {"image": image, "label": number, "position": number}
+
+
+def read_batch(
+  source: Source, position_B: np.ndarray, mesh: Mesh
+) -> dict[str, jax.Array]:
+  """These images of a source on the devices, as `batch_shapes` has them."""
+  examples = [source[int(i)] for i in position_B]
+  batch = {
+    "image": np.stack([example["image"] for example in examples]),
+    "label": np.array([example["label"] for example in examples], np.int32),
+    "position": position_B,
+  }
+  return {name: sharding.put_whole(mesh, array) for name, array in batch.items()}
 
 
 def validation_losses(
@@ -354,13 +359,7 @@ def validation_losses(
     if preemption.requested():
       return None
     position = np.minimum(np.arange(first, first + size, dtype=np.int32), count - 1)
-    examples = [held_out[int(i)] for i in position]
-    batch = {
-      "image": np.stack([example["image"] for example in examples]),
-      "label": np.array([example["label"] for example in examples], np.int32),
-      "position": position,
-    }
-    arrays = {name: sharding.put_whole(mesh, array) for name, array in batch.items()}
+    arrays = read_batch(held_out, position, mesh)
     for budget, loss in losses.items():
       parts[budget].append(np.asarray(loss(params, arrays, draws), np.float64))
     progress.update(min(first + size, count))

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from jax.sharding import Mesh
 
-from elit_jax import autoencoder, files, sample, sharding, trees
+from elit_jax import autoencoder, calibration, files, sample, sharding, trees
 from elit_jax import config as config_lib
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
@@ -59,14 +59,14 @@ def load(where: str | os.PathLike[str], ema: str = "", decoder: str = "") -> "Tr
   step, params = sample.load_ema(folder, config, mesh)
   names = tuple(sample.class_names(folder, range(config.model.classes)))
   found = autoencoder.decoder(config, mesh)
-  return Trained(config, model, mesh, params, step, names, found)
+  return Trained(config, model, mesh, params, step, names, folder, found)
 
 
 def _prepared(
   saved: Mapping[str, Any], ema: str, decoder: str
 ) -> tuple[Config, spec.Model, Mesh]:
   """A saved config, for all devices of this machine."""
-  config = config_lib.resolve(saved)
+  config = config_lib.resolve(config_lib.completed(saved))
   settings = dataclasses.replace(
     config.sample, ema=ema or config.sample.ema, decoder=decoder
   )
@@ -124,7 +124,7 @@ def _from_saved(folder: pathlib.Path, ema: str, decoder: str) -> "Trained":
   ]
   params = jax.tree.unflatten(jax.tree.structure(target), leaves)
   found = autoencoder.decoder(config, mesh)
-  return Trained(config, model, mesh, params, step, tuple(names), found)
+  return Trained(config, model, mesh, params, step, tuple(names), folder, found)
 
 
 def save(model: "Trained", folder: str | os.PathLike[str], licence: str) -> None:
@@ -242,7 +242,7 @@ class Trained:
   """A model with its weights, the step they are of, and the names of its classes.
 
   Programs are compiled at their first use, one for each plan and number of images, and
-  kept.
+  kept. folder: where the model came from, and where its calibration is, if any.
   """
 
   config: Config
@@ -251,6 +251,7 @@ class Trained:
   params: Any
   step: int
   names: tuple[str, ...]
+  folder: pathlib.Path
   decoder: autoencoder.Decoder | None = None
   _programs: dict = dataclasses.field(default_factory=dict)
 
@@ -274,13 +275,15 @@ class Trained:
     *,
     steps: int | None = None,
     solver: str | None = None,
+    plan: str = "",
   ) -> np.ndarray:
     """An image of each class: uint8 (n, H, W, C), or fp32 latents without a decoder.
 
     Image i depends on the seed, i and its class alone, whatever the budget: so budgets
     can be compared image by image. guidance: the scale of classifier-free guidance, or
-    a Guidance. steps, solver: those of the config unless given. ConfigError for what
-    the model cannot do.
+    a Guidance. steps, solver: those of the config unless given. plan: phases as text
+    (docs/plans.md), in place of budget, guidance and steps. ConfigError for what the
+    model cannot do.
     """
     if isinstance(classes, int | str):
       raise ConfigError(f"classes is {classes!r}: give one class for each image")
@@ -290,10 +293,10 @@ class Trained:
       raise ConfigError("classes is empty: give one class for each image")
     if not 0 <= _whole("seed", seed) < 2**32:
       raise ConfigError(f"seed {seed} must lie in [0, 2**32)")
-    plan = self.plan(budget, guidance, steps)
-    draw = self._program(plan, solver, len(wanted))
+    phases = self.plan(budget, guidance, steps, plan)
+    draw = self._program(phases, solver, len(wanted))
     labels = np.array(wanted, np.int32)
-    images = draw(self.params, seed, np.arange(len(labels)), labels, plan)
+    images = draw(self.params, seed, np.arange(len(labels)), labels, phases)
     images = self.decoder.decode(images) if self.decoder else images
     return files.as_stored(images, self.config.sample.uint8)
 
@@ -304,20 +307,32 @@ class Trained:
     *,
     steps: int | None = None,
     solver: str | None = None,
+    plan: str = "",
   ) -> PlanCost:
     """Network evaluations and FLOPs of one image, before it is drawn."""
-    plan = self.plan(budget, guidance, steps)
-    made = self._sampler(solver, 1)
+    phases = self.plan(budget, guidance, steps, plan)
+    made = self._sampler(phases, solver, 1)
     parts = sample.prices(self.config, self.model)
-    return plan_cost(plan, made.stepper, made.process, parts)
+    return plan_cost(phases, made.stepper, made.process, parts, made.meter)
 
   def plan(
     self,
     budget: str | float = "100%",
     guidance: float | Guidance = 1.0,
     steps: int | None = None,
+    plan: str = "",
   ) -> Plan:
     """What `sample` will do; raises ConfigError."""
+    if plan:
+      if (budget, guidance, steps) != ("100%", 1.0, None):
+        raise ConfigError(
+          f"plan {plan!r} is given beside a budget, guidance or steps, which it has "
+          "places of its own for: write them there"
+        )
+      settings = dataclasses.replace(self.config.sample, plan=plan, reuse=0.0)
+      none = dataclasses.replace(self.config.guidance, scale=1.0)
+      config = dataclasses.replace(self.config, sample=settings, guidance=none)
+      return config_lib.plans(config, self.model)[0]
     parsed = spec.budget_for(self.model, self.config.data.shape, budget)
     guide = guidance
     if not isinstance(guide, Guidance):
@@ -331,17 +346,18 @@ class Trained:
     config_lib.check_guidance(guide, self.config)
     return config_lib.plan(count, parsed, guide)
 
-  def _sampler(self, solver: str | None, count: int) -> Sampler:
+  def _sampler(self, plan: Plan, solver: str | None, count: int) -> Sampler:
     """How `count` images are sampled by this solver, or that of the config."""
     settings = self.config.sample
     settings = dataclasses.replace(settings, solver=solver or settings.solver)
     config = dataclasses.replace(self.config, sample=settings)
-    return sample.from_config(config, self.model, self.mesh, count)
+    meter = calibration.meter_for([plan], self.folder, config, self.step, self.params)
+    return sample.from_config(config, self.model, self.mesh, count, meter)
 
   def _program(self, plan: Plan, solver: str | None, count: int) -> Draw:
     key = (plan, solver, count)
     if key not in self._programs:
-      self._programs[key] = self._sampler(solver, count).compile([plan])
+      self._programs[key] = self._sampler(plan, solver, count).compile([plan])
     return self._programs[key]
 
 

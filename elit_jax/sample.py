@@ -13,7 +13,15 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from elit_jax import autoencoder, distributed, ema, files, preemption, sharding
+from elit_jax import (
+  autoencoder,
+  calibration,
+  distributed,
+  ema,
+  files,
+  preemption,
+  sharding,
+)
 from elit_jax import config as config_lib
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
@@ -328,7 +336,8 @@ def as_trained(workdir: pathlib.Path, config: Config) -> Config:
 def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=sample`: samples/<name>/<first index>.npz chunks; a rerun fills gaps.
 
-  The name is that of the budget, with classes, guidance and seed where they are given.
+  The name is that of the budget or of the plan, with classes, guidance, reuse and seed
+  where they are given.
 
   Chunks hold `arr_0` (uint8 NHWC for pictures, float32 for latents), `arr_1` the
   labels; samples/grid.png shows the first of every budget. A folder that was made with
@@ -337,10 +346,12 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   distributed.check_shared(workdir)
   config = as_trained(workdir, config)
   model = config_lib.build_model(config)
-  plans = {plan_name(p): p for p in config_lib.plans(config, model)}
+  plans = named_plans(config, model)
   mesh = config_lib.make_mesh(config, model)
   step, params = load_ema(workdir, config, mesh)
-  made = from_config(config, model, mesh)
+  wanted = plans.values()
+  meter = calibration.meter_for(wanted, workdir, config, step, params)
+  made = from_config(config, model, mesh, meter=meter)
   folders = {name: workdir / "samples" / folder_name(config, name) for name in plans}
   decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
   for folder in folders.values():
@@ -386,22 +397,27 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   distributed.on_leader(functools.partial(show, config, made, plans, folders, workdir))
 
 
-def folder_name(config: Config, budget: str) -> str:
-  """Where samples of a budget go; what a person plays with is part of the name."""
+def folder_name(config: Config, plan: str) -> str:
+  """Where samples of a plan go; what a person plays with is part of the name."""
   s, g = config.sample, config.guidance
-  parts = [budget]
+  parts = [plan]
   if s.classes:
     more = len(s.classes) - NAMED_CLASSES
     parts += ["classes", *map(str, s.classes[:NAMED_CLASSES])]
     parts += [f"and {more} more"] if more > 0 else []
   parts += [f"guidance {g.scale:g}"] if g.scale != 1 else []
+  parts += [f"teacache {s.reuse:g}"] if s.reuse else []
   parts += [f"seed {s.seed}"] if s.seed else []
   return files.stem(" ".join(parts))
 
 
-def plan_name(plan: Plan) -> str:
-  """What samples of a plan are called: the budget of one phase, or the plan as text."""
-  return str(plan[0].budget) if len(plan) == 1 else grammar.written(plan)
+def named_plans(config: Config, model: spec.Model) -> dict[str, Plan]:
+  """The plans of a config: by their budget, or by its text where it spells one out."""
+  spelt = bool(config.sample.plan)
+  return {
+    grammar.written(plan) if spelt else str(plan[0].budget): plan
+    for plan in config_lib.plans(config, model)
+  }
 
 
 def show(

@@ -14,11 +14,13 @@ import pytest
 
 from configs import base, digits, elit_sit
 from elit_jax import config as config_lib
-from elit_jax import files, train
+from elit_jax import describe, evaluator, files, train
+from elit_jax.budget import Budget
 from elit_jax.data import sources
 from elit_jax.errors import ConfigError
 from elit_jax.models import spec
 from elit_jax.models.elastic import SPLITS
+from elit_jax.sampling.plan import Guidance, Phase, Reuse
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SIZES, PATCHES, PIXELS = ("S", "B", "L", "XL"), ("2", "4", "8"), ("256", "512")
@@ -305,3 +307,89 @@ def test_weights_may_be_left_out_or_zero_for_some():
   for weights in ([1.0], [1, 1, 1, 1, -1], [0] * 5, [np.inf, 1, 1, 1, 1]):
     with pytest.raises(ConfigError, match="must be 5 numbers"):
       config_lib.resolve(changed(DIGITS, "budget_weights", weights))
+
+
+HALVES = ["50% in [0.5, 1]", "100% in [0, 0.5]"]
+
+
+def weights(budgets, **leaves) -> tuple[float, ...]:
+  config = changed(UNWEIGHTED, "budgets", budgets)
+  for name, value in leaves.items():
+    config = changed(config, name.replace("__", "."), value)
+  config = config_lib.resolve(config)
+  return config_lib.budget_weights(config, config_lib.build_model(config))
+
+
+def test_intervals_are_drawn_as_often_as_times_lie_in_them():
+  assert weights(["k1", "k2"]) == () == weights(["k1 in [0, 1]", "k2"])
+  assert weights(HALVES) == pytest.approx((0.5, 0.5))
+  uneven = ["k1 in [0, 0.2]", "k8 in [0.2, 1]"]
+  assert weights(uneven, flow__time="uniform") == pytest.approx((0.2, 0.8))
+  below = 0.5 * math.erfc(math.log(4) / math.sqrt(2))  # logit(0.2) = -log 4
+  assert weights(uneven) == pytest.approx((below, 1 - below))
+  assert weights(HALVES, budget_weights=[1.0, 3.0]) == (1.0, 3.0)
+  assert weights([*HALVES, "k1"], budget_weights=[1, 1, 2]) == (1.0, 1.0, 2.0)
+
+
+def test_budgets_with_intervals_stand_once_in_lists_of_budgets():
+  entries = ["50% in [0.5, 1]", "k8 in [0.2, 0.5]", "k4 in [0, 0.2]"]
+  config = config_lib.resolve(changed(UNWEIGHTED, "budgets", entries))
+  model = config_lib.build_model(config)
+  assert [str(b) for b in config_lib.budgets(config, model)] == ["k4", "k8"]
+  assert config_lib.budget_texts(config, model) == ("50%", "k8")
+  assert [str(b) for b in evaluator.by_price(config, model)] == ["k8", "k4"]
+  assert list(describe.describe(config)["flops"]) == ["k4", "k8"]
+  assert [str(b) for b in config_lib.timed_budgets(config, model)] == [
+    *("k4 in [0.5, 1]", "k8 in [0.2, 0.5]", "k4 in [0, 0.2]")
+  ]
+
+
+@pytest.mark.parametrize(
+  "flag",
+  [
+    ["50% in [0.5, 1]", "100% in [0, 0.5]"],
+    ["50% in [0.5, 1],100% in [0, 0.5]"],
+    ["50% in [0.5", " 1]", "100% in [0", "0.5]"],  # as a flag cuts it
+  ],
+)
+def test_a_comma_in_an_interval_cuts_no_entry(flag):
+  config = config_lib.resolve(changed(UNWEIGHTED, "budgets", flag))
+  model = config_lib.build_model(config)
+  found = [one.interval for one in config_lib.timed_budgets(config, model)]
+  assert found == [(0.5, 1.0), (0.0, 0.5)]
+
+
+def test_the_plan_of_a_config():
+  def plans(**leaves):
+    config = LATENTS
+    for name, value in leaves.items():
+      config = changed(config, name.replace("__", "."), value)
+    config = config_lib.resolve(config)
+    return config_lib.plans(config, config_lib.build_model(config))
+
+  k4, k8 = Budget(4), Budget(8)
+  guide = Guidance(2.0, channels="three", way="calls")
+  common = {"guidance__channels": "three", "guidance__way": "calls"}
+  spelt = plans(sample__plan="3@k4, cfg 2; 5@100%, teacache 0.1", **common)
+  assert spelt == ((Phase(3, k4, guide), Phase(5, k8, None, Reuse(0.1))),)
+  # What a plan says itself is not read.
+  assert spelt == plans(
+    sample__plan="3@k4, cfg 2; 5@100%, teacache 0.1",
+    sample__steps=7,
+    sample__budgets=["k1", "k2"],
+    guidance__low=0.3,
+    **common,
+  )
+  plain = plans(
+    sample__budgets=["k4", "k8"],
+    sample__steps=7,
+    sample__reuse=0.2,
+    guidance__scale=2.0,
+    **common,
+  )
+  reuse = Reuse(0.2)
+  assert plain == ((Phase(7, k4, guide, reuse),), (Phase(7, k8, guide, reuse),))
+  ((between,),) = plans(guidance__scale=0.5)
+  assert between.guidance == Guidance(0.5) and between.reuse is None
+  ((none,),) = plans(guidance__scale=1.0)
+  assert none.guidance is None

@@ -152,6 +152,12 @@ CASES = {
     describe(BASE, "flow.time=normal"), ("'normal'", "'logit_normal'")
   ),
   "unknown solver": Case(describe(BASE, "sample.solver=hein"), ("'hein'", "'heun'")),
+  "shift of nothing": Case(
+    describe(BASE, "sample.shift=0"), ("sample.shift", "'0'", "'resolution'")
+  ),
+  "shift with a last time in training": Case(
+    describe(BASE, "flow.shift=2 0.02"), ("flow.shift", "'2 0.02'", "'resolution'")
+  ),
   "unknown source": Case(describe(BASE, "data.source=digit"), ("'digit'", "'digits'")),
   "sees some": Case(describe(DIGITS, "elit.sees=some"), ("'some'", "'all' or 'kept'")),
   # The model.

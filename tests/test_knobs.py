@@ -39,7 +39,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 95
+MOST_LEAVES = 102
 
 
 class Knob(NamedTuple):
@@ -94,6 +94,7 @@ KNOBS = {
   "budget_weights": Knob((1.0, 3.0), "budgets", ELIT),
   "flow.path": Knob("cosine", "step sampling", {"sample.solver": "sde"}),
   "flow.time": Knob("uniform", "step"),
+  "flow.shift": Knob("resolution", "step"),
   "flow.label_dropout": Knob(0.2, "step"),
   "train.steps": Knob(90, "training"),
   "train.batch_size": Knob(64, "step data"),
@@ -120,6 +121,7 @@ KNOBS = {
   "sample.steps": Knob(20, "sampling"),
   "sample.solver": Knob("heun", "sampling"),
   "sample.reuse": Knob(0.1, "sampling"),
+  "sample.shift": Knob("resolution 0.02", "sampling"),
   "sample.budgets": Knob(("k1",), "sampling", ELIT),
   "sample.classes": Knob((3, 1), "sampling"),
   "sample.decoder": Knob("random:1", "sampling", TINY),

@@ -4,6 +4,7 @@ One real run is shared by most tests: those that resume it take its compiled pro
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -567,3 +568,57 @@ def test_fewer_bad_steps_do_not(finished, resumed, monkeypatch):
   assert (int(state["step"]), int(state["bad_steps"])) == (40, 10)
   before = saved_state(workdir, 30)
   assert bits([state[n] for n in KEPT]) == bits([before[n] for n in KEPT])
+
+
+# --- budgets by noise level -----------------------------------------------------------
+
+
+def test_every_step_runs_the_program_of_the_entry_drawn(tmp_path, monkeypatch):
+  """Of its budget and interval; that the times of a program stay there is another's."""
+  entries = ("k1 in [0.6, 1]", "k4 in [0.2, 0.6]", "k1 in [0, 0.2]")
+  config = make_config(
+    elit=ELIT,
+    flow__time="uniform",
+    budgets=entries,
+    train__steps=24,
+    train__log_every=24,
+  )
+  model = config_lib.build_model(config)
+  ran, logged, add = [], [], monitor.Log.add
+
+  def lower_step(config, model, budget, mesh, interval):
+    def step(state, batch):
+      ran.append((budget, interval))
+      metrics = {"loss": len(ran), "grad_norm": 1, "bad_steps": 0, "bad_run": 0}
+      return {"step": jax.device_put(np.int32(len(ran)))}, metrics
+
+    return SimpleNamespace(compile=lambda: step)
+
+  def added(self, step, images, budget, metrics):
+    logged.append(budget)
+    add(self, step, images, budget, metrics)
+
+  monkeypatch.setattr(train, "lower_step", lower_step)
+  monkeypatch.setattr(train.memory, "check_programs", lambda programs: None)
+  monkeypatch.setattr(train, "init_state", lambda *_: {"step": jnp.int32(0)})
+  monkeypatch.setattr(monitor.Log, "add", added)
+  train.run(config, tmp_path)
+  timed = config_lib.timed_budgets(config, model)
+  weights = config_lib.budget_weights(config, model)
+  drawn = [draw_budget(config.seed, step, timed, weights) for step in range(24)]
+  assert [str(one) for one in timed] == list(entries)
+  assert ran == [(one.budget, one.interval) for one in drawn]
+  assert logged == [one.budget for one in drawn]
+  assert len(set(ran)) == 3
+  # Both intervals of a budget are one row of losses.
+  (row,) = logs.read_rows(tmp_path / "metrics.jsonl")
+  losses = {name: value for name, value in row.items() if name.startswith("loss/")}
+  assert losses == {
+    f"loss/{name}": np.mean([i for i, b in enumerate(logged, 1) if str(b) == name])
+    for name in ("k1", "k4")
+  }
+  with listening("absl") as lines:
+    train.report_changes(
+      sample.trained_config(tmp_path), dataclasses.replace(config, budgets=("k1",))
+    )
+  assert any("config.budgets was" in line for line in lines)

@@ -1,6 +1,8 @@
 """One training step: its budget, its gradients and averages, and what it refuses."""
 
+import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from cheap_training import ELIT, KEPT, bits, cheap_programs, make_config, mesh_o
 from elit_jax import config as config_lib
 from elit_jax import ema, optim, sharding, train
 from elit_jax.budget import Budget, TimedBudget, draw_budget
+from elit_jax.flow import times
+from elit_jax.flow.process import process
 from elit_jax.models import denoiser
 
 
@@ -66,6 +70,57 @@ def test_one_budget_for_all_micro_batches(monkeypatch):
     batch,
   )
   assert set(asked) == {(2, Budget(2))}
+
+
+# --- budgets by noise level -----------------------------------------------------------
+
+HALF = (0.5, 1.0)
+
+
+def examples(count: int) -> dict:
+  """What an objective needs of a batch."""
+  return {
+    "image": jnp.zeros((count, 2, 2, 1)),
+    "label": jnp.arange(count) % 10,
+    "position": jnp.arange(count),
+  }
+
+
+@pytest.mark.parametrize("time", times.TIMES)
+def test_an_interval_changes_the_times_alone(time):
+  config = make_config(flow__time=time)
+  model = config_lib.build_model(config)
+  null = functools.partial(denoiser.null_labels, model)
+
+  def draw(interval):
+    objective = config_lib.objective(config, model, null, interval)
+    return objective.draw(jax.random.key(4), examples(500))
+
+  (t, *same), (inside, *others) = draw(None), draw(HALF)
+  assert bits(same) == bits(others)
+  assert t.min() < 0.3 and inside.min() >= 0.5 and inside.max() <= 1
+  # Without one, the draws are those of all runs up to now.
+  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(4), i))(jnp.arange(500))
+  time_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys)[:, 0]
+  path = process(config.flow.path)
+  plain = jax.vmap(functools.partial(times.TIMES[time], path))(time_keys)
+  assert bits(t) == bits(plain)
+
+
+def test_the_interval_reaches_the_program():
+  config = make_config(elit=ELIT)
+  model = config_lib.build_model(config)
+  state = jax.eval_shape(lambda: train.init_state(config, model))
+  batch = train.abstract_batch(config, sharding.make_mesh())
+
+  def program(**when) -> str:
+    step = functools.partial(train.train_step, config, model, Budget(2), **when)
+    text = str(jax.make_jaxpr(step)(state, batch))
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+  assert program() == program(interval=None)
+  found = {program(), program(interval=HALF), program(interval=(0.0, 0.5))}
+  assert len(found) == 3
 
 
 # --- one step -------------------------------------------------------------------------

@@ -6,8 +6,6 @@ import pytest
 from elit_jax import config as config_lib
 from elit_jax.errors import ConfigError
 
-K = ("k4", "k16")
-
 
 def make_config(**leaves) -> config_lib.Config:
   raw = elastic.get_config()
@@ -68,6 +66,7 @@ CASES = {
   "no comma": (plan("20@k8 cfg 2"), "character 7, 'cfg': a comma goes before it"),
   "no scale": (plan("20@k8, cfg"), "character 11, the end: want a scale"),
   "no scale before the at": (plan("20@k8, ccfg @k1"), "13, '@k1': want a scale"),
+  "a scale with underscores": (plan("20@k8, cfg 1_0"), "'1_0': want a scale"),
   "a scale that is no number": (plan("20@k8, cfg two"), "'two': want a scale"),
   "guidance below 0": (plan("20@k8, cfg -1"), "12, '-1': .*-1.0 must be at least 0"),
   "endless guidance": (plan("20@k8, cfg inf"), "'inf': .*must be at least 0, and fin"),
@@ -116,7 +115,7 @@ CASES = {
   "an interval without brackets": (plan("2@k8, cfg 2 in 0.1"), f"'0.1': {INTERVAL}"),
   "an interval of one number": (
     plan("2@k8, cfg 2 in [0.1]"),
-    f"19?.*'\\]': {INTERVAL}",
+    f"'\\]': {INTERVAL}",
   ),
   "an interval of nothing": (plan("2@k8, cfg 2 in []"), f"'\\]': {INTERVAL}"),
   # The end.

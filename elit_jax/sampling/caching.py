@@ -21,6 +21,7 @@ from elit_jax.errors import ConfigError
 # Times of consecutive evaluations (n,), float64, to the estimated relative change of
 # the network's output between each and the one before it (n,); the first is inf.
 Meter = Callable[[np.ndarray], np.ndarray]
+Embedding = Callable[[np.ndarray], np.ndarray]  # times (n,) to (n, E)
 
 # --- on the host: when ----------------------------------------------------------------
 
@@ -102,10 +103,8 @@ def relative_changes(values: np.ndarray) -> np.ndarray:
   return np.concatenate([[math.inf], changes])
 
 
-def meter(
-  embedding: Callable[[np.ndarray], np.ndarray], polynomial: Polynomial
-) -> Meter:
-  """The meter of a network by its time embedding, from times (n,) to (n, E)."""
+def meter(embedding: Embedding, polynomial: Polynomial) -> Meter:
+  """The meter of a network by its time embedding."""
 
   def changes(times_n: np.ndarray) -> np.ndarray:
     first, rest = np.split(relative_changes(embedding(times_n)), [1])
@@ -131,12 +130,13 @@ class Evaluation(Protocol):
 class Policy(NamedTuple):
   """A way to reuse evaluations; another one is another entry of `POLICIES`.
 
-  fresh(inputs): the cache before the first evaluation, which is always run; its shapes
-  and dtypes stay as they are here. reuse(cache, evaluation, inputs, middle): the new
-  cache and the outputs, one for each input and of its shape and dtype. `inputs` are
-  what the branches of the evaluation give to the middle of the network (its head, core
-  and tail), `middle()` runs it, and a policy should call it where `evaluation.run` says
-  so, and nowhere else: under `lax.cond`, with the middle's own outputs as the result.
+  fresh(inputs): the cache before the first evaluation, which is always run: a tuple
+  with an entry for each input, whose shapes and dtypes stay as they are here.
+  reuse(cache, evaluation, inputs, middle): the new cache and the outputs, one for each
+  input and of its shape and dtype. `inputs` are what the branches of the evaluation
+  give to the middle of the network (its head, core and tail), and `middle()` runs it. A
+  policy calls it where `evaluation.run` says so and nowhere else, under `lax.cond`,
+  with the middle's own outputs as the result.
   """
 
   fresh: Callable[[Arrays], Cache]

@@ -60,6 +60,18 @@ def follow(
   that have no more steps than it has rows.
   """
   predict = form_predict(form, network, null, carry.x.shape[-1])
+  return loop(predict, stepper, carry, cond, noise, schedule)
+
+
+def loop(
+  predict: Predict,
+  stepper: Stepper,
+  carry: Carry,
+  cond: jax.Array,
+  noise: Noise,
+  schedule: Schedule,
+) -> Carry:
+  """The steps of a schedule, by any network."""
 
   def body(i: jax.Array, carry: Carry) -> Carry:
     at, coefficients, step = jax.tree.map(

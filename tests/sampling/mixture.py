@@ -102,22 +102,27 @@ def run(
   return np.stack(found)
 
 
-def endpoint(
-  mixture: Mixture, path: Process, x: np.ndarray, t: float, steps: int = 1000
+def flowed(
+  mixture: Mixture,
+  path: Process,
+  x: np.ndarray,
+  span: tuple[float, float],
+  steps: int = 1000,
 ) -> np.ndarray:
-  """Where the probability flow leads x (B, D) from time t: data (B, D), float64.
+  """Where the probability flow leads x (B, D) from one time to another, in float64.
 
   x / alpha as a function of sigma / alpha is the same on all paths, and the linear one
   is smooth to its end: Kutta's classical rule there, in numpy alone.
   """
-  alpha, sigma = float(path.alpha(np, np.float64(t))), path.sigma(np, np.float64(t))
-  linear = PROCESSES["linear"]
+  times = np.array(span)
+  alpha, sigma = path.alpha(np, times), path.sigma(np, times)
+  size, linear = alpha + sigma, PROCESSES["linear"]
 
   def v(x: np.ndarray, t: float) -> np.ndarray:
     return says(mixture, np, x, when(linear, np.float64(t), "velocity"))
 
-  x = x / (alpha + sigma)
-  grid = np.linspace(sigma / (alpha + sigma), 0, steps + 1)
+  x = x / size[0]
+  grid = np.linspace(*(sigma / size), steps + 1)
   for t, s in zip(grid[:-1], grid[1:], strict=True):
     h, middle = s - t, (s + t) / 2
     k_1 = v(x, t)
@@ -125,25 +130,23 @@ def endpoint(
     k_3 = v(x + h / 2 * k_2, middle)
     k_4 = v(x + h * k_3, s)
     x = x + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
-  return x
+  return x * size[1]
 
 
 def errors(
   made: Stepper,
   path: Process,
-  counts: list[int],
+  counts: tuple[int, ...],
   prediction: Prediction = "velocity",
-  mixture: Mixture = THREE,
 ) -> list[float]:
   """How far the samples are from the truth in so many steps, root mean square."""
-  t = made.times(path, counts[0])[0]
-  shape = (32, mixture.means.shape[1])
-  x = np.random.default_rng(0).standard_normal(shape)
-  true = endpoint(mixture, path, x, t)
-  found = (run(mixture, made, path, n, x, prediction)[-1] for n in counts)
+  times = made.times(path, counts[0])
+  x = np.random.default_rng(0).standard_normal((32, THREE.means.shape[1]))
+  true = flowed(THREE, path, x, (times[0], times[-1]))
+  found = (run(THREE, made, path, n, x, prediction)[-1] for n in counts)
   return [np.sqrt(np.mean((each - true) ** 2)) for each in found]
 
 
-def order(counts: list[int], errors: list[float]) -> float:
+def order(counts: tuple[int, ...], errors: list[float]) -> float:
   """The slope of the errors on logarithmic scales."""
   return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
