@@ -58,7 +58,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   """Measures losses by noise level and budget, reuse, and numbers of steps."""
   if config.sample.steps < 2:
     raise ConfigError(
-      "config.sample.steps is 1: a calibration looks at changes from step to step, give "
+      "config.sample.steps is 1: a calibration compares steps with each other, give "
       "at least 2"
     )
   distributed.check_shared(workdir)

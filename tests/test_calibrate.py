@@ -368,7 +368,7 @@ def test_a_network_that_has_diverged_is_refused(tmp_path):
   with Checkpointer(tmp_path / "run/checkpoints") as checkpoints:
     checkpoints.save(1, state, {}, config_lib.to_json(config))
     checkpoints.wait()
-  with pytest.raises(ConfigError, match="not finite"):
+  with pytest.raises(ConfigError, match="loss of this checkpoint"):
     calibrate.run(config, tmp_path / "run")
 
 

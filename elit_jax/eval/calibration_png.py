@@ -104,16 +104,20 @@ def _reuse(axes: Axes, stored: Stored) -> None:
   if points:
     x, y, names = zip(*points, strict=True)
     axes.plot(x, y, "o-", color=drawing.PLAIN_COLOUR, ms=5)
-    for place in range(len(names)):
-      axes.annotate(
-        names[place],
-        (x[place], y[place]),
-        xytext=(-6, 4),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        color="0.3",
-      )
+    said = (-100.0, 0.0)
+    for at, name in zip(zip(x, y, strict=True), names, strict=True):
+      # Numbers that would lie on each other are left out.
+      if at[0] - said[0] > 6 or at[1] - said[1] > 0.05 * max(y):
+        said = at
+        axes.annotate(
+          name,
+          at,
+          xytext=(-6, 4),
+          textcoords="offset points",
+          ha="right",
+          fontsize=8,
+          color="0.3",
+        )
   axes.set_xlim(0, 100)
   axes.set_ylim(bottom=0)
   axes.set_title("Distance from the samples without reuse")

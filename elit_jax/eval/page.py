@@ -96,8 +96,8 @@ def table(rows: Sequence[Row]) -> str:
     ("plan", lambda row: _code(row.get("plan"))),
     ("GFLOPs an image", lambda row: drawing.number(row["gflops_per_image"])),
     ("ms an image", lambda row: drawing.number(row.get("ms_per_image"))),
-    ("evaluations", lambda row: drawing.number(row.get("evaluations"))),
-    ("of these reused", lambda row: drawing.number(row.get("reused") or None)),
+    ("evaluations run", lambda row: drawing.number(row.get("evaluations"))),
+    ("reused", lambda row: drawing.number(row.get("reused") or None)),
   ]
   for metric in metric_names(rows):
 

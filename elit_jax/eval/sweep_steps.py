@@ -136,7 +136,7 @@ def equal_pairs(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     equal = max(cost(a), cost(b)) <= EQUAL * min(cost(a), cost(b))
     # A step costs less with fewer tokens.
     cheaper = cost(a) / a["steps"] < cost(b) / b["steps"]
-    if equal and a["steps"] > b["steps"] and cheaper:
+    if equal and cheaper and a["budget"] != b["budget"] and a["steps"] > b["steps"]:
       pairs.append((a, b))
   return pairs
 

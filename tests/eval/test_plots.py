@@ -351,6 +351,11 @@ def test_cells_of_equal_cost_are_paired_by_tokens():
   far = [make_row("plain", "k8", 8), make_row("plain", "k1", 12)]  # 8 and 4.8
   assert sweep_steps.equal_pairs(rows) == [(rows[1], rows[0])]
   assert sweep_steps.equal_pairs(far) == []
+  # Of one budget; and of two of which one saves nothing.
+  same = [make_row("plain", "k4", steps) for steps in range(15, 25)]  # as rounded
+  assert sweep_steps.equal_pairs(same) == []
+  odd = make_row("plain", "k1", 21, gflops_per_image=22.0)
+  assert sweep_steps.equal_pairs([odd, make_row("plain", "k8", 20)]) == []
 
 
 def test_chance_has_little_colour():

@@ -104,6 +104,7 @@ def test_what_is_reused_is_what_the_trunk_added():
   start = jax.jit(made._start)(np.uint32(0), jnp.arange(8)).x
   network, label = sample.network(MODEL, params()), jnp.arange(8) % CLASSES
 
+  @jax.jit
   def step(x, t, kept):
     stream = network.embed(x, jnp.float32(t), label)
     if kept is None:
