@@ -25,8 +25,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import base, digits, elit_sit
-from elit_jax import config as config_lib
 from elit_jax import (
+  calibration,
   evaluate,
   files,
   logs,
@@ -36,6 +36,7 @@ from elit_jax import (
   sharding,
   train,
 )
+from elit_jax import config as config_lib
 from elit_jax import planning as plan_mode
 from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
@@ -334,7 +335,7 @@ def recorded(run, config: config_lib.Config) -> list:
   with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
     patch.setattr(jax.stages.Lowered, "compile", compile_nothing)
     patch.setattr(sample, "load_ema", load_ema)
-    patch.setattr(evaluate, "meter_of", lambda *_: meter)
+    patch.setattr(calibration, "meter_for", lambda *_: meter)
     # The first of what both write after the folder is their rows.
     for module, name in ((evaluate, "write"), (plots, "write")):
       patch.setattr(module, name, lambda *given: calls.extend(protocols(given)))
