@@ -31,6 +31,7 @@ from elit_jax import (
   train,
 )
 from elit_jax import config as config_lib
+from elit_jax import rows as rows_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data import sources
@@ -38,9 +39,10 @@ from elit_jax.data.sources import Source
 from elit_jax.data.stored import unpack
 from elit_jax.eval import digits, plots, protocol, report
 from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
-from elit_jax.evaluator import Drawn, Row, View
+from elit_jax.evaluator import Drawn, View
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
+from elit_jax.rows import Row
 from elit_jax.sampling import caching
 
 COLUMNS = 20  # samples of a row in the picture, at most
@@ -103,7 +105,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   held_out = distributed.together(lambda: open_held_out(config))
   bench = set_up(config, workdir)
   config, model = bench.config, bench.model
-  rows = evaluator.report_rows(config, model)
+  rows = rows_lib.report_rows(config, model)
   meter = meter_of(bench, workdir, rows)
   folder = begin(bench, workdir / "report")
   seconds = {}
@@ -199,13 +201,13 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   """
   bench = set_up(config, workdir)
   config, model = bench.config, bench.model
-  rows = evaluator.sweep_rows(config, model)
+  rows = rows_lib.sweep_rows(config, model)
   meter = meter_of(bench, workdir, rows)
   folder = begin(bench, workdir / "sweep")
   made = sample.from_config(config, model, bench.mesh, meter=meter)
   jobs = made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
-  columns, shown = evaluator.shown_samples(config), {}
+  columns, shown = rows_lib.shown_samples(config), {}
 
   def take(drawn: Drawn) -> dict[str, Any]:
     if drawn.row.kind in SHOWN_KINDS:

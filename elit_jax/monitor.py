@@ -33,6 +33,7 @@ from elit_jax import (
   sample,
 )
 from elit_jax import config as config_lib
+from elit_jax import rows as rows_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data.sources import Source
@@ -332,7 +333,7 @@ class Evaluations:
     if instruments:
       distributed.together(functools.partial(instruments.check, config.eval.count))
     self._view = evaluator.View(decoder, instruments)
-    self._rows = evaluator.plain_rows(config, model, config.sample.steps)
+    self._rows = rows_lib.plain_rows(config, model, config.sample.steps)
     made = sample.from_config(config, model, mesh)
     jobs = made.jobs(row.plan for row in self._rows)
     done = Progress("compile", len(jobs)).update

@@ -19,7 +19,6 @@ from elit_jax import (
   calibration,
   distributed,
   evaluate,
-  evaluator,
   latency,
   plan_report,
   plan_table,
@@ -27,6 +26,7 @@ from elit_jax import (
   sample,
 )
 from elit_jax import config as config_lib
+from elit_jax import rows as rows_lib
 from elit_jax.budget import Budget
 from elit_jax.calibration import Calibration
 from elit_jax.config import Config
@@ -351,7 +351,7 @@ def measure(
   folder = evaluate.begin(bench, workdir / "plan_evaluated")
   chosen = spread(len(listed.front), MEASURED)
   rows = [
-    evaluator.Row(row["plan"], "plan", listed.found.plan(int(index)), config.eval.count)
+    rows_lib.Row(row["plan"], "plan", listed.found.plan(int(index)), config.eval.count)
     for row, index in ((report["plans"][i], listed.front[i]) for i in chosen)
   ]
   jobs = made.jobs(row.plan for row in rows)

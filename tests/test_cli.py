@@ -17,7 +17,8 @@ from PIL import Image
 
 import main
 from elit_jax import config as config_lib
-from elit_jax import evaluate, evaluator, files, logs, preemption, train
+from elit_jax import evaluate, files, logs, preemption, train
+from elit_jax import rows as rows_lib
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, spec
@@ -581,8 +582,8 @@ def test_guided_rows_need_what_the_model_was_trained_with(workdir):
   saved = files.read_json(workdir / "config.json")
   saved["flow"]["label_dropout"] = 0.0
   files.write_json(workdir / "config.json", saved)
-  names = [row.name for row in evaluator.report_rows(config, model)]
+  names = [row.name for row in rows_lib.report_rows(config, model)]
   assert {"CFG 2", "CCFG 2", "AutoG 2"} < set(names)
   trained = sample.as_trained(workdir, config)
-  names = [row.name for row in evaluator.report_rows(trained, model)]
+  names = [row.name for row in rows_lib.report_rows(trained, model)]
   assert "AutoG 2" in names and not {"CFG 2", "CCFG 2"} & set(names)

@@ -14,7 +14,8 @@ import pytest
 
 from configs import base, digits, elit_sit
 from elit_jax import config as config_lib
-from elit_jax import describe, evaluator, files, train
+from elit_jax import describe, files, train
+from elit_jax import rows as rows_lib
 from elit_jax.budget import Budget
 from elit_jax.data import sources
 from elit_jax.errors import ConfigError
@@ -337,7 +338,7 @@ def test_budgets_with_intervals_stand_once_in_lists_of_budgets():
   model = config_lib.build_model(config)
   assert [str(b) for b in config_lib.budgets(config, model)] == ["k4", "k8"]
   assert config_lib.budget_texts(config, model) == ("50%", "k8")
-  assert [str(b) for b in evaluator.by_price(config, model)] == ["k8", "k4"]
+  assert [str(b) for b in rows_lib.by_price(config, model)] == ["k8", "k4"]
   assert list(describe.describe(config)["flops"]) == ["k4", "k8"]
   assert [str(b) for b in config_lib.timed_budgets(config, model)] == [
     *("k4 in [0.5, 1]", "k8 in [0.2, 0.5]", "k4 in [0, 0.2]")

@@ -10,6 +10,7 @@ import pytest
 
 from elit_jax import config as config_lib
 from elit_jax import evaluator, measure, preemption, sample, sharding
+from elit_jax import rows as rows_lib
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
 from elit_jax.eval.image_sets import read_images
@@ -49,7 +50,7 @@ def noise(params, seed, index_n, label_n):
 
 def test_a_report_has_every_budget_and_three_kinds_of_guidance():
   config = make_config()
-  rows = evaluator.report_rows(config, model_of(config))
+  rows = rows_lib.report_rows(config, model_of(config))
   assert [(row.name, row.kind) for row in rows] == [
     ("k4", "plain"),
     ("k1", "plain"),
@@ -70,7 +71,7 @@ def test_a_report_has_every_budget_and_three_kinds_of_guidance():
 )
 def test_guidance_is_left_out_where_it_means_nothing(leaves, kinds):
   config = make_config(**leaves)
-  rows = evaluator.report_rows(config, model_of(config))
+  rows = rows_lib.report_rows(config, model_of(config))
   assert [row.kind for row in rows] == kinds
 
 
@@ -81,7 +82,7 @@ def test_rows_can_be_what_is_sampled():
     guidance__scale=3.0,
     guidance__budget="k1",
   )
-  rows = evaluator.report_rows(config, model_of(config))
+  rows = rows_lib.report_rows(config, model_of(config))
   assert [(row.name, row.kind) for row in rows] == [
     ("k1, guidance 3", "cfg"),
     ("k4, guidance 3", "ccfg"),
@@ -89,17 +90,17 @@ def test_rows_can_be_what_is_sampled():
     ("k1", "plain"),
   ]
   plain = make_config(eval__rows=("sampled", "budgets"), sample__budgets=("k1",))
-  rows = evaluator.report_rows(plain, model_of(plain))
+  rows = rows_lib.report_rows(plain, model_of(plain))
   assert [row.name for row in rows] == ["k1", "k4"]  # k1 once
 
 
 def test_every_kind_of_row_has_its_function():
-  assert set(evaluator.ROWS) == set(config_lib.ROWS)
+  assert set(rows_lib.ROWS) == set(config_lib.ROWS)
 
 
 def test_a_sweep_is_a_grid_and_scales_and_few_programs():
   config = make_config(eval__sweep_steps=(3, 25, 7), eval__sweep_scales=(1.0, 1.5))
-  rows = evaluator.sweep_rows(config, model_of(config))
+  rows = rows_lib.sweep_rows(config, model_of(config))
   plain = [row for row in rows if row.kind == "plain"]
   assert {(str(r.budgets[0]), r.steps) for r in plain} == {
     (budget, steps) for budget in ("k4", "k1") for steps in (3, 7, 25)
@@ -117,7 +118,7 @@ def test_a_sweep_is_a_grid_and_scales_and_few_programs():
 
 def test_a_sweep_reuses_at_the_largest_budget_without_guidance():
   config = make_config(eval__sweep_reuse=(0.2, 0.0, 0.05), sample__steps=7)
-  rows = evaluator.reuse_rows(config, model_of(config))
+  rows = rows_lib.reuse_rows(config, model_of(config))
   assert [(row.name, row.kind, row.threshold) for row in rows] == [
     ("TeaCache 0.05", "reuse", 0.05),
     ("TeaCache 0.2", "reuse", 0.2),
@@ -125,12 +126,12 @@ def test_a_sweep_reuses_at_the_largest_budget_without_guidance():
   assert {(str(row.budgets[0]), row.steps, row.guidance) for row in rows} == {
     ("k4", 7, None)
   }
-  assert set(rows) <= set(evaluator.sweep_rows(config, model_of(config)))
+  assert set(rows) <= set(rows_lib.sweep_rows(config, model_of(config)))
 
 
 def test_schedules_go_both_ways_and_have_their_ends():
   config = make_config(eval__sweep_seeds=2, eval__seed=5, sample__steps=7)
-  rows = evaluator.schedule_rows(config, model_of(config))
+  rows = rows_lib.schedule_rows(config, model_of(config))
   assert [row.name for row in rows[::2]] == [
     "k1, seed 6",
     "k1 then k4, seed 6",
@@ -142,7 +143,7 @@ def test_schedules_go_both_ways_and_have_their_ends():
   # Steps begin at 1, 6/7, 5/7, 4/7; 3/7, 2/7, 1/7.
   assert written == ["7@k1", "4@k1 3@k4", "4@k4 3@k1", "7@k4"]
   assert {row.kind for row in rows} == {"schedule"}
-  assert set(rows) <= set(evaluator.sweep_rows(config, model_of(config)))
+  assert set(rows) <= set(rows_lib.sweep_rows(config, model_of(config)))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_schedules_go_both_ways_and_have_their_ends():
 )
 def test_noise_levels_and_not_steps_are_halved(leaves, noisy):
   config = make_config(**leaves)
-  assert evaluator.noisy_steps(config, model_of(config)) == noisy
+  assert rows_lib.noisy_steps(config, model_of(config)) == noisy
 
 
 @pytest.mark.parametrize(
@@ -171,13 +172,13 @@ def test_noise_levels_and_not_steps_are_halved(leaves, noisy):
 )
 def test_there_are_no_schedules_where_they_mean_nothing(leaves):
   config = make_config(**{"eval__sweep_seeds": 2, **leaves})
-  rows = evaluator.sweep_rows(config, model_of(config))
+  rows = rows_lib.sweep_rows(config, model_of(config))
   assert rows and "schedule" not in {row.kind for row in rows}
 
 
 def test_the_last_seed_is_followed_by_the_first():
   config = make_config(eval__sweep_seeds=2, eval__seed=2**32 - 2)
-  rows = evaluator.schedule_rows(config, model_of(config))
+  rows = rows_lib.schedule_rows(config, model_of(config))
   assert {row.seed for row in rows} == {2**32 - 1, 0}
 
 
@@ -185,7 +186,7 @@ def test_without_metrics_no_more_is_drawn_than_is_shown():
   rows = {}
   for metrics in ((), ("fid", "is")):
     config = make_config(eval__metrics=metrics, eval__count=100)
-    rows[metrics] = evaluator.sweep_rows(config, model_of(config))
+    rows[metrics] = rows_lib.sweep_rows(config, model_of(config))
   assert {row.count for row in rows[()]} == {evaluator.SHOWN}
   assert {row.count for row in rows["fid", "is"]} == {100}
   assert [row.name for row in rows[()]] == [row.name for row in rows["fid", "is"]]
@@ -194,10 +195,10 @@ def test_without_metrics_no_more_is_drawn_than_is_shown():
 def test_sampled_rows_are_named_by_their_plan():
   more = {"eval__rows": ("sampled",), "sample__budgets": ("k1",)}
   spelt = make_config(sample__plan="2@k1 3@k4, teacache 0.1", eval__rows=("sampled",))
-  (row,) = evaluator.report_rows(spelt, model_of(spelt))
+  (row,) = rows_lib.report_rows(spelt, model_of(spelt))
   assert (row.name, row.kind) == ("2@k1 3@k4, teacache 0.1", "plan")
   cached = make_config(sample__reuse=0.1, **more)
-  (row,) = evaluator.report_rows(cached, model_of(cached))
+  (row,) = rows_lib.report_rows(cached, model_of(cached))
   assert (row.name, row.kind) == ("k1, TeaCache 0.1", "reuse")
 
 
@@ -212,7 +213,7 @@ def change(times_n):
 def figures_of(config, plan, meter=None, **more):
   model = model_of(config)
   read = functools.partial(spec.budget_for, model, SHAPE)
-  row = evaluator.Row("x", "plan", grammar.parse(plan, read), 40, **more)
+  row = rows_lib.Row("x", "plan", grammar.parse(plan, read), 40, **more)
   costs = evaluator.costs_of(config, model, row.plan, meter)
   said = {"measurement": {}, "subject": {}}
   return evaluator.figures(config, model, row, costs, [2.0, 1.0, 9.0], said)
@@ -295,7 +296,7 @@ def instruments_of(config, devices=None):
 
 def draw_rows(config, folder, instruments, draw=noise, **more):
   model = model_of(config)
-  rows = evaluator.report_rows(config, model)[:2]
+  rows = rows_lib.report_rows(config, model)[:2]
   view = evaluator.View(None, instruments)
 
   def drawn(params, seed, index, labels, plan):
@@ -346,7 +347,7 @@ def test_what_is_there_is_not_drawn_again(tmp_path, instruments, monkeypatch):
 
 def test_a_row_is_drawn_by_its_own_seed(tmp_path, instruments):
   config = make_config(eval__count=8, sample__batch_size=8, eval__labels="random")
-  row = evaluator.report_rows(config, model_of(config))[0]
+  row = rows_lib.report_rows(config, model_of(config))[0]
   rows = [dataclasses.replace(row, seed=seed, name=f"{seed}") for seed in (None, 1, 2)]
   drawn = []
 
@@ -406,7 +407,7 @@ def test_a_training_set_that_cannot_be_held_is_no_reference(monkeypatch):
 
 def test_guided_rows_keep_the_interval_of_the_config():
   config = make_config(guidance__low=0.2, guidance__high=0.7)
-  rows = evaluator.guided_rows(config, model_of(config), 2.0)
+  rows = rows_lib.guided_rows(config, model_of(config), 2.0)
   assert {(r.guidance.low, r.guidance.high) for r in rows} == {(0.2, 0.7)}
 
 
@@ -417,7 +418,7 @@ def test_guided_rows_keep_the_interval_of_the_config():
 def protocol_of(instruments):
   def make(**leaves):
     config = make_config(**leaves)
-    row = evaluator.report_rows(config, model_of(config))[0]
+    row = rows_lib.report_rows(config, model_of(config))[0]
     about = evaluator.about(7, evaluator.View(None, instruments))
     return evaluator.protocol_of(config, row, 40, about)
 

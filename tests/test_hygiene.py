@@ -47,6 +47,7 @@ NEVER: dict[str, frozenset[str]] = {
   "config": ENTRY_POINTS,
   "describe": ENTRY_POINTS,
   "doctor": ENTRY_POINTS,
+  "rows": ENTRY_POINTS,
   "evaluator": ENTRY_POINTS - {"sample"},
   "monitor": ENTRY_POINTS - {"sample"},
   "latency": ENTRY_POINTS - {"sample"},

@@ -1,7 +1,7 @@
 """A report as files: pictures, a table and JSON, from plain data.
 
 A row is a dict with the keys `ROW_KEYS`, one for each way of sampling: `kind` is
-"plain", how it is guided, or what else its plan does (`evaluator.Row`); `ms_per_image`
+"plain", how it is guided, or what else its plan does (`rows.Row`); `ms_per_image`
 the median of `ms_per_image_runs`, `samples` their number, `metrics` has {"value",
 "standard_error", ...} by name, and `protocol` is all that the figures depend on. It may
 have a validation loss (`OF_LOSS`; a guided row has no loss of its own: these are those
