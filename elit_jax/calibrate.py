@@ -61,11 +61,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
       "config.sample.steps is 1: a calibration compares steps with each other, give "
       "at least 2"
     )
-  distributed.check_shared(workdir)
-  config = sample.as_trained(workdir, config)
-  model = config_lib.build_model(config)
-  mesh = config_lib.make_mesh(config, model)
-  step, params = sample.load_ema(workdir, config, mesh)
+  config, model, mesh, step, params = sample.newest(config, workdir)
   held_out = distributed.together(lambda: train.open_source(config, "held_out"))
   about = calibration.identity(config, model, step)
   budgets = [spec.budget_for(model, config.data.shape, b) for b in about["budgets"]]

@@ -86,11 +86,7 @@ class Bench:
 
 def set_up(config: Config, workdir: pathlib.Path) -> Bench:
   """The newest checkpoint of a workdir, and what its samples are measured with."""
-  distributed.check_shared(workdir)
-  config = sample.as_trained(workdir, config)
-  model = config_lib.build_model(config)
-  mesh = config_lib.make_mesh(config, model)
-  step, params = sample.load_ema(workdir, config, mesh)
+  config, model, mesh, step, params = sample.newest(config, workdir)
   decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
   shape = decoder.shape if decoder else config.data.shape
   source = functools.partial(train.open_source, config)

@@ -247,11 +247,7 @@ def run(config: Config, workdir: pathlib.Path, evaluated: bool = False) -> None:
       "--evaluate measures config.eval.metrics, which is empty: name one, such as fid, "
       "and config.eval.features that it looks through"
     )
-  distributed.check_shared(workdir)
-  config = sample.as_trained(workdir, config)
-  model = config_lib.build_model(config)
-  mesh = config_lib.make_mesh(config, model)
-  step, params = sample.load_ema(workdir, config, mesh)
+  config, model, mesh, step, params = sample.newest(config, workdir)
   known = distributed.together(lambda: calibration.load(workdir, config, step))
   meter = search.remembered(known.meter(model, params))
   made = sample.from_config(config, model, mesh, meter=meter)

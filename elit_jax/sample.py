@@ -269,6 +269,19 @@ def balanced_labels(count: int, classes: int) -> np.ndarray:
   return np.arange(count, dtype=np.int32) % classes
 
 
+def newest(
+  config: Config, workdir: pathlib.Path
+) -> tuple[Config, spec.Model, Mesh, int, Params]:
+  """The newest checkpoint of a workdir: the config `as_trained`, the model, the mesh,
+  the step, and averaged parameters in their shards. Raises ConfigError.
+  """
+  distributed.check_shared(workdir)
+  config = as_trained(workdir, config)
+  model = config_lib.build_model(config)
+  mesh = config_lib.make_mesh(config, model)
+  return config, model, mesh, *load_ema(workdir, config, mesh)
+
+
 def load_ema(workdir: pathlib.Path, config: Config, mesh: Mesh) -> tuple[int, Params]:
   """(step, averaged parameters in their shards) of a workdir's newest checkpoint.
 
@@ -343,12 +356,8 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   labels; samples/grid.png shows the first of every budget. A folder that was made with
   other settings (steps, solver, ...) is refused.
   """
-  distributed.check_shared(workdir)
-  config = as_trained(workdir, config)
-  model = config_lib.build_model(config)
+  config, model, mesh, step, params = newest(config, workdir)
   plans = named_plans(config, model)
-  mesh = config_lib.make_mesh(config, model)
-  step, params = load_ema(workdir, config, mesh)
   wanted = plans.values()
   meter = calibration.meter_for(wanted, workdir, config, step, params)
   made = from_config(config, model, mesh, meter=meter)

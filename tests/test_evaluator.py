@@ -187,7 +187,7 @@ def test_without_metrics_no_more_is_drawn_than_is_shown():
   for metrics in ((), ("fid", "is")):
     config = make_config(eval__metrics=metrics, eval__count=100)
     rows[metrics] = rows_lib.sweep_rows(config, model_of(config))
-  assert {row.count for row in rows[()]} == {evaluator.SHOWN}
+  assert {row.count for row in rows[()]} == {rows_lib.SHOWN}
   assert {row.count for row in rows["fid", "is"]} == {100}
   assert [row.name for row in rows[()]] == [row.name for row in rows["fid", "is"]]
 
