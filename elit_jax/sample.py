@@ -356,8 +356,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   labels; samples/grid.png shows the first of every budget. A folder that was made with
   other settings (steps, solver, ...) is refused.
   """
+  config = as_trained(workdir, config)
+  plans = named_plans(config, config_lib.build_model(config))  # before weights are read
   config, model, mesh, step, params = newest(config, workdir)
-  plans = named_plans(config, model)
   wanted = plans.values()
   meter = calibration.meter_for(wanted, workdir, config, step, params)
   made = from_config(config, model, mesh, meter=meter)

@@ -23,7 +23,7 @@ from cheap_training import ELIT, KEPT, bits, cheap_programs, make_config, mesh_o
 
 from elit_jax import config as config_lib
 from elit_jax import ema, files, logs, monitor, optim, sample, train
-from elit_jax.budget import Budget, draw_budget
+from elit_jax.budget import Budget, TimedBudget, draw_budget
 from elit_jax.data.sources import ArraySource
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.models import denoiser, spec
@@ -174,7 +174,7 @@ def test_a_finished_program_refuses_what_it_was_not_compiled_for(finished):
   # So a new shape is an error and never a silent compilation.
   wrong = {"image": np.zeros((8, 8, 8, 1), np.float32)}
   with pytest.raises(TypeError):
-    finished.programs[Budget(1)](finished.state, wrong)
+    finished.programs[TimedBudget(Budget(1))](finished.state, wrong)
 
 
 def test_warm_up_comes_first_and_shows_its_progress(finished):
@@ -208,8 +208,8 @@ def test_every_row_has_the_promised_fields(finished):
   assert [row["step"] for row in finished.rows] == [7, 14, 21, 28, 35, 40]
   config, model = finished.config, config_lib.build_model(finished.config)
   price = {
-    str(budget): 3e-9 * spec.flops(model, config.data.shape, budget)
-    for budget in finished.programs
+    str(timed.budget): 3e-9 * spec.flops(model, config.data.shape, timed.budget)
+    for timed in finished.programs
   }
   first = 0
   for row in finished.rows:
