@@ -26,7 +26,7 @@ from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, spec
 from elit_jax.ports import files as weight_files
 from elit_jax.sample import Draw, Sampler
-from elit_jax.sampling.cost import PlanCost, plan_cost
+from elit_jax.sampling.cost import PlanCost
 from elit_jax.sampling.plan import Guidance, Plan
 
 PARAMS, CONFIG, CARD = "params.safetensors", "model.json", "README.md"
@@ -311,9 +311,7 @@ class Trained:
   ) -> PlanCost:
     """Network evaluations and FLOPs of one image, before it is drawn."""
     phases = self.plan(budget, guidance, steps, plan)
-    made = self._sampler(phases, solver, 1)
-    parts = sample.prices(self.config, self.model)
-    return plan_cost(phases, made.stepper, made.process, parts, made.meter)
+    return self._sampler(phases, solver, 1).price(phases)
 
   def plan(
     self,

@@ -30,7 +30,7 @@ from elit_jax.flow.process import Process, process
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 from elit_jax.sampling import caching, grammar, sampler, schedule
-from elit_jax.sampling.cost import PartsOf, phase_costs
+from elit_jax.sampling.cost import PartsOf, PlanCost, plan_cost
 from elit_jax.sampling.network import Network, Stream
 from elit_jax.sampling.plan import Plan
 from elit_jax.sampling.schedule import Decided, Form, Schedule
@@ -96,6 +96,11 @@ class Sampler:
   def decide(self, plan: Plan) -> tuple[Decided, ...]:
     """A plan down to its single evaluations; ConfigError if it cannot be followed."""
     return schedule.decide(plan, self.stepper, self.process, self.meter)
+
+  def price(self, plan: Plan) -> PlanCost:
+    """Evaluations and FLOPs of one sample, before it is drawn."""
+    parts = functools.partial(spec.parts, self.model, self.shape)
+    return plan_cost(plan, self.stepper, self.process, parts, self.meter)
 
   def numbers(self, plan: Sequence[Decided]) -> tuple[Schedule, ...]:
     """What the programs of a plan are told."""
@@ -359,9 +364,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   config = as_trained(workdir, config)
   plans = named_plans(config, config_lib.build_model(config))  # before weights are read
   config, model, mesh, step, params = newest(config, workdir)
-  wanted = plans.values()
-  meter = calibration.meter_for(wanted, workdir, config, step, params)
+  meter = calibration.meter_for(plans.values(), workdir, config, step, params)
   made = from_config(config, model, mesh, meter=meter)
+  # On all processes: what is reused may be asked of a network that is split over them.
+  costs = {name: made.price(plan) for name, plan in plans.items()}
   folders = {name: workdir / "samples" / folder_name(config, name) for name in plans}
   decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
   for folder in folders.values():
@@ -392,6 +398,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     logging.info("termination signal: leaving before the first sample")
     return
   draw = made.drawer(programs)
+  for name, cost in costs.items():
+    logging.info(
+      "%s: %d evaluations, %.4g GFLOPs an image",
+      *(name, cost.evaluations, cost.flops / 1e9),
+    )
   progress = Progress("sample", len(missing), s.batch_size)
   for done, (name, first) in enumerate(missing, 1):
     if preemption.requested():
@@ -404,7 +415,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     save = functools.partial(files.save_samples, path, pictures, labels[index], s.uint8)
     distributed.on_leader(save)
     progress.update(done)
-  distributed.on_leader(functools.partial(show, config, made, plans, folders, workdir))
+  distributed.on_leader(functools.partial(show, config, costs, folders, workdir))
 
 
 def folder_name(config: Config, plan: str) -> str:
@@ -432,31 +443,27 @@ def named_plans(config: Config, model: spec.Model) -> dict[str, Plan]:
 
 def show(
   config: Config,
-  made: Sampler,
-  plans: Mapping[str, Plan],
+  costs: Mapping[str, PlanCost],
   folders: Mapping[str, pathlib.Path],
   workdir: pathlib.Path,
 ) -> None:
-  """Draws samples/grid.png: a row a budget with its price, a column a label and seed.
+  """Draws samples/grid.png: a row a plan with its price, a column a label and seed.
 
   Nothing is drawn of latents.
   """
   from elit_jax.eval import report  # matplotlib is slow to import
 
   folder = workdir / "samples"
-  price = prices(config, made.model)
   rows, labels = [], np.zeros(0, np.int64)
-  for name, plan in plans.items():
+  for name, cost in costs.items():
     images, labels = _first(folders[name], config.sample)
     if not files.is_pixels(images):
       logging.info("samples of %s in %s", images.shape[1:], folder)
       return
-    costs = phase_costs(made.decide(plan), made.stepper, made.process, price)
-    gflops = sum(cost.flops for cost in costs) / 1e9
-    rows.append((f"{name}\n{gflops:.3g} GFLOPs an image", images))
+    rows.append((f"{name}\n{cost.flops / 1e9:.3g} GFLOPs an image", images))
   title = f"The same noise and label in each column, seed {config.sample.seed}"
   report.grid_png(folder / "grid.png", rows, class_names(workdir, labels), title)
-  logging.info("samples in %s, the first of each budget in grid.png", folder)
+  logging.info("samples in %s, the first of each plan in grid.png", folder)
 
 
 def _first(
