@@ -210,7 +210,7 @@ def noisy_steps(config: Config, model: spec.Model) -> int:
   """How many steps of a run begin in the upper half of the noise levels, t > 1/2."""
   way = process(config.flow.path)
   times = config_lib.solver(config, model).times(way, config.sample.steps)
-  return int(np.count_nonzero(times[:-1] > 0.5 + 1e-9))  # 1/2 itself, as rounded
+  return int(np.count_nonzero(times[:-1] > 0.5))
 
 
 def sweep_rows(config: Config, model: spec.Model) -> list[Row]:

@@ -100,9 +100,19 @@ def noisy_step(predict: Predict, carry: Carry, now: Now, cond: jax.Array) -> Car
   return carry._replace(x=carry.x + noise)
 
 
+def evenly(first: float, last: float, count: int) -> np.ndarray:
+  """`count` times from first to last in equal steps, float64.
+
+  From 1 to 0 they are k / n as rounded, and so equal what a person writes: an interval
+  of guidance that ends at 0.1 meets the 36th of 40 steps, which np.linspace misses.
+  """
+  parts = max(count - 1, 1)
+  return last + (first - last) * (np.arange(parts, parts - count, -1) / parts)
+
+
 def uniform(process: Process, steps: int) -> np.ndarray:
   """Equal steps over the whole span of the process."""
-  return np.linspace(*process.span, steps + 1)
+  return evenly(*process.span, steps + 1)
 
 
 def shifted(stepper: Stepper, shift: shifts.Shift) -> Stepper:

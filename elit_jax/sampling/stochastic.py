@@ -8,7 +8,7 @@ import numpy as np
 
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import Prediction, Process, convert
-from elit_jax.sampling.step import Coefficients, Stepper, noisy_step
+from elit_jax.sampling.step import Coefficients, Stepper, evenly, noisy_step
 
 LAST_STEP = 0.04
 # "sbdm" has no bound where nothing is left of the data: there it begins a little later.
@@ -47,7 +47,7 @@ def sde(form: str = "linear", norm: float = 1.0) -> Stepper:
     first, last = process.span
     if form == "sbdm" and process.alpha(np, first) < 1e-9:
       first -= SBDM_START
-    return np.append(np.linspace(first, last + LAST_STEP, steps), last)
+    return np.append(evenly(first, last + LAST_STEP, steps), last)
 
   def coefficients(
     process: Process, prediction: Prediction, times: np.ndarray

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -221,14 +222,15 @@ def test_heuns_corrector_is_guided_by_its_own_time():
   assert always.form.always and not always.guided_SE[-1, 1]
 
 
-def test_the_reference_guides_at_both_ends_of_its_published_interval():
-  """low <= t <= high in float64 on linspace(1, 0, 51), as ELIT's sampler has it."""
-  for low, high in ((0.0, 1.0), (0.1, 0.9), (0.3, 0.8), (0.0, 0.75)):
-    (found,) = decide(
-      phase(50, Guidance(4.0, low=low, high=high)), stepper("euler"), process("linear")
-    )
-    grid = np.linspace(1, 0, 51)[:-1]
-    np.testing.assert_array_equal(found.guided_SE[:, 0], (low <= grid) & (grid <= high))
+@pytest.mark.parametrize("steps", [5, 8, 10, 20, 25, 30, 40, 50, 64, 75, 100, 250])
+def test_both_ends_of_an_interval_are_guided_as_in_exact_fractions(steps):
+  """low <= t <= high where t is (steps - i) / steps, as written: ELIT's rule."""
+  grid = [Fraction(steps - i, steps) for i in range(steps)]
+  for low, high in itertools.combinations(range(0, 101, 5), 2):
+    guidance = Guidance(4.0, low=low / 100, high=high / 100)
+    (found,) = decide(phase(steps, guidance), stepper("euler"), process("linear"))
+    want = [Fraction(low, 100) <= t <= Fraction(high, 100) for t in grid]
+    np.testing.assert_array_equal(found.guided_SE[:, 0], want)
 
 
 def test_a_longer_phase_than_was_compiled_for_is_refused():
