@@ -28,6 +28,13 @@ class Budget:
   def __str__(self) -> str:
     return "full" if self.latents is None else f"k{self.latents}"
 
+  def exceeds(self, other: "Budget") -> bool:
+    """Whether any knob is further open than the other's."""
+    own, theirs = (
+      math.inf if budget.latents is None else budget.latents for budget in (self, other)
+    )
+    return own > theirs
+
 
 @dataclass(frozen=True)
 class TimedBudget:

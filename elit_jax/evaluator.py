@@ -182,6 +182,7 @@ LABELS: Mapping[str, Callable[[int, int, int], np.ndarray]] = {
 # What only the metrics depend on is not among them.
 LEAVES = (
   *sample.SAMPLING_LEAVES,
+  *("sample.plan", "sample.steps", "sample.reuse", "guidance"),
   *("eval.count", "eval.seed", "eval.labels", "data.shape"),
   *("subject", "features", "outputs"),
 )

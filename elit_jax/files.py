@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -114,11 +115,19 @@ def is_pixels(images: np.ndarray) -> bool:
   return images.ndim == 4 and images.shape[-1] in (1, 3)
 
 
+LONGEST_STEM = 120  # characters; most file systems take names of 255 bytes
+
+
 def stem(name: str) -> str:
   """A name as part of a file's: anything but letters, digits, `.`, `+` and `-` becomes
-  `_`, so that "CFG 2.0" is stored in `samples_CFG_2.0.npz`; `%` becomes `pc`.
+  `_`, so that "CFG 2.0" is stored in `samples_CFG_2.0.npz`; `%` becomes `pc`. What is
+  too long for a file ends in a hash of it.
   """
-  return re.sub(r"[^A-Za-z0-9.+-]+", "_", name.replace("%", "pc")).strip("_")
+  whole = re.sub(r"[^A-Za-z0-9.+-]+", "_", name.replace("%", "pc")).strip("_")
+  if len(whole) <= LONGEST_STEM:
+    return whole
+  digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+  return f"{whole[: LONGEST_STEM - 13]}_{digest}"
 
 
 def as_stored(samples: np.ndarray, rule: str = "dit") -> np.ndarray:

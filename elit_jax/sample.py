@@ -368,6 +368,10 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   made = from_config(config, model, mesh, meter=meter)
   # On all processes: what is reused may be asked of a network that is split over them.
   costs = {name: made.price(plan) for name, plan in plans.items()}
+  runs = {
+    name: schedule.runs(made.decide(plan)) if any(p.reuse for p in plan) else ""
+    for name, plan in plans.items()
+  }
   folders = {name: workdir / "samples" / folder_name(config, name) for name in plans}
   decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
   for folder in folders.values():
@@ -378,8 +382,9 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   def claim() -> list[tuple[str, int]]:
     settings = config_lib.to_json(config) | {"step": step}
     settings["decoder"] = decoder.identity if decoder else ""
-    for folder in folders.values():
-      files.claim(folder / "config.json", settings, SAMPLING_LEAVES)
+    for name, folder in folders.items():
+      about = {"plan": grammar.written(plans[name]), "runs": runs[name]}
+      files.claim(folder / "config.json", settings | about, FOLDER_LEAVES)
     firsts = range(0, s.count, s.batch_size)
     return [
       (name, first)
@@ -502,16 +507,13 @@ def _whole(folder: pathlib.Path, first: int, s: config_lib.SampleConfig) -> bool
     return False
 
 
-# Settings that a folder of samples must have been made with to be added to.
+# Settings that samples must have been made with to be added to, besides the plan.
 SAMPLING_LEAVES = (
   "step",
   "data.vae",
   "model.dtype",
   "sample.batch_size",
-  "sample.plan",
-  "sample.steps",
   "sample.shift",
-  "sample.reuse",
   "sample.uint8",
   "sample.solver",
   "sample.classes",
@@ -519,5 +521,7 @@ SAMPLING_LEAVES = (
   "decoder",
   "sample.ema",
   "sample.seed",
-  "guidance",
+  "guidance.channels",
 )
+# And with it: as text, and which of its evaluations are run.
+FOLDER_LEAVES = (*SAMPLING_LEAVES, "plan", "runs")

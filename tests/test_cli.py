@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 import main
+from elit_jax import calibration, evaluate, files, logs, preemption, train
 from elit_jax import config as config_lib
-from elit_jax import evaluate, files, logs, preemption, train
 from elit_jax import rows as rows_lib
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
@@ -269,6 +269,34 @@ def chunks(folder: pathlib.Path) -> dict[str, tuple[bytes, int]]:
   }
 
 
+def test_samples_of_a_plan_are_of_one_reuse(tiny_run, trained, workdir, monkeypatch):
+  def changing_by(change):
+    def meter(times):
+      return np.append(np.inf, np.full(len(times) - 1, change))
+
+    monkeypatch.setattr(calibration, "meter_for", lambda *_: meter)
+
+  plan = "--config.sample.plan=6@k4, teacache 0.5"
+  changing_by(0.3)
+  tiny_run("sample", workdir, TWO, plan)
+  (folder,) = (workdir / "samples").glob("6_k4*")
+  assert json.loads((folder / "config.json").read_text())["runs"] == "x-x-xx"
+  whole = chunks(folder)
+  same = plan.replace("6@k4, ", " 6@100% ,")
+  tiny_run("sample", workdir, TWO, same)
+  assert chunks(folder) == whole
+  changing_by(0.1)
+  with pytest.raises(ConfigError, match="made with runs 'x-x-xx', now it is 'x----x'"):
+    tiny_run("sample", workdir, TWO, plan)
+  assert chunks(folder) == whole
+
+
+def test_a_plan_of_many_phases_has_a_folder(tiny_run, trained, workdir):
+  tiny_run("sample", workdir, TWO, f"--config.sample.plan={'1@k4 1@k1 ' * 40}")
+  (folder,) = (workdir / "samples").glob("1_k4*")
+  assert len(folder.name) <= 120 and len(chunks(folder)) == 3
+
+
 def test_sampling_fills_gaps_only(tiny_run, trained, workdir):
   folder = workdir / "samples" / "k4"
   tiny_run("sample", workdir, TWO)
@@ -350,9 +378,9 @@ def test_what_a_person_plays_with_gets_a_folder_of_its_own(tiny_run, workdir):
   ("flag", "named"),
   [
     ("--config.sample.solver=heun", "sample.solver 'euler', now it is 'heun'"),
-    ("--config.sample.steps=3", "sample.steps 2, now it is 3"),
+    ("--config.sample.steps=3", "plan '2@k4', now it is '3@k4'"),
     ("--config.sample.ema=0.995", "sample.ema '0.9', now it is '0.995'"),
-    ("--config.guidance.high=0.9", "guidance.high 1.0, now it is 0.9"),
+    ("--config.guidance.channels=three", "channels 'all', now it is 'three'"),
     ("--config.sample.batch_size=16", "sample.batch_size 8, now it is 16"),
   ],
 )
@@ -365,7 +393,8 @@ def test_a_folder_of_other_samples_is_refused(run_main, workdir, flag, named):
   made["sample"]["ema"] = "0.9" if "ema" in flag else "0.995"  # the first, by its name
   settings = workdir / "samples" / "k4" / "config.json"
   settings.parent.mkdir(parents=True)
-  files.write_json(settings, made | {"step": 1, "decoder": ""})
+  made |= {"step": 1, "decoder": "", "plan": "2@k4", "runs": ""}
+  files.write_json(settings, made)
   before = settings.read_bytes()
   with pytest.raises(ConfigError, match="move the folder away") as error:
     run_main(*TINY, TWO, "--mode=sample", f"--workdir={workdir}", flag)

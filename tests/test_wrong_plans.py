@@ -40,6 +40,15 @@ CASES = {
     "plan '20@k8 0@k16': at character 7, '0@k16': a phase needs at least one step",
   ),
   "negative steps": (plan("-2@k8"), "'-2@k8': a phase needs at least one step"),
+  "too many steps": (
+    plan("1000000000000@k8"),
+    "character 1, '1000000000000@k8': a phase of 1000000000000 steps .* at most 100000",
+  ),
+  "digits of another script": (plan("５@k8"), f"at character 1, '５@k8': {PHASE}"),
+  "a weak branch that is the stronger": (
+    plan("5@k4, ccfg 2@k8"),
+    "guidance at k4 has the weak budget k8, which is the stronger one",
+  ),
   "half a step": (plan("2.5@k8"), f"at character 1, '2.5@k8': {PHASE}"),
   "steps that are no number": (plan("x@k8"), f"at character 1, 'x': {PHASE}"),
   "the budget first": (plan("k8@20"), f"at character 1, 'k8': {PHASE}"),

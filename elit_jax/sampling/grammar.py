@@ -185,11 +185,13 @@ def _phase(reader: _Reader, word: _Word, budget: ReadBudget) -> Phase:
   count = reader.number(word._replace(text=steps), STEPS) if steps else 0.0
   if count < 1:
     raise reader.error(word, "a phase needs at least one step")
-  if not steps.isdecimal():
+  if not (steps.isascii() and steps.isdecimal()):
     raise reader.error(word, STEPS)
   place = _Word(kept, word.start + len(steps) + 1)
   with reader.blamed_on(place):
-    return Phase(int(steps), budget(kept))
+    found = budget(kept)
+  with reader.blamed_on(word):
+    return Phase(int(steps), found)
 
 
 def _modifiers(

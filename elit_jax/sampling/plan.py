@@ -11,6 +11,7 @@ from elit_jax.errors import ConfigError
 
 LABELS = ("null", "same")
 CHANNELS = ("all", "three")
+MOST_STEPS = 100_000
 WAYS = ("auto", "batch", "calls", "packed")
 
 
@@ -93,7 +94,16 @@ class Phase:
   def __post_init__(self) -> None:
     if self.steps < 1:
       raise ConfigError(f"a phase needs at least one step, not {self.steps}")
+    if self.steps > MOST_STEPS:
+      raise ConfigError(
+        f"a phase of {self.steps} steps is too long: it has at most {MOST_STEPS}"
+      )
     guide = self.guidance
+    if guide and guide.scale != 1 and self.weak_budget.exceeds(self.budget):
+      raise ConfigError(
+        f"guidance at {self.budget} has the weak budget {self.weak_budget}, which is "
+        "the stronger one: give it a smaller budget, or the same"
+      )
     if guide and guide.way == "batch" and self.weak_budget != self.budget:
       raise ConfigError(
         f"budgets {self.budget} and {self.weak_budget} have no batch in common: "

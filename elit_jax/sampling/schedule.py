@@ -158,6 +158,14 @@ def _run(
   return run_SE
 
 
+def runs(plan: Sequence[Decided]) -> str:
+  """Which evaluations are run (x) and which reused (-), phase by phase."""
+  return " ".join(
+    "".join("x" if run else "-" for run in decided.run_SE[decided.exists_SE])
+    for decided in plan
+  )
+
+
 def _remembers(form: Form) -> tuple[str, int, str]:
   """A cache outlives its phase where this agrees."""
   return form.reuse, form.branches, form.label

@@ -358,6 +358,32 @@ def test_two_fill_the_samples_that_are_missing_and_leave_on_a_signal(
 
 
 @pytest.mark.slow
+def test_two_that_share_a_network_reuse_evaluations_alike(whole, run_main, tmp_path):
+  """What is reused is asked of a network that is split over both of them."""
+  workdir = tmp_path / "run"
+  copy_as_of(STEPS, whole, workdir)
+  sampling = (
+    "--mode=sample",
+    "--config.sample.count=20",
+    "--config.sample.plan=8@k4, teacache 0.3",
+  )
+  alone = (*SETTINGS, f"--workdir={workdir}")
+  run_main(*alone, "--mode=calibrate", "--config.sample.steps=8")
+  run_main(*alone, *sampling)
+  (samples,) = {path.parent for path in (workdir / "samples").glob("*/*.npz")}
+  assert "-" in files.read_json(samples / "config.json")["runs"]
+  theirs = {path.name: np.load(path)["arr_0"] for path in samples.glob("*.npz")}
+  for name in theirs:
+    (samples / name).unlink()
+  with launched(2, 4, workdir, *sampling, "--config.mesh=(1,8,1)") as run:
+    assert run.end() == 0, run.said
+    assert run.codes == [0, 0]
+  for name, images in theirs.items():
+    ours = np.load(samples / name)["arr_0"]
+    np.testing.assert_allclose(ours, images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_two_finish_the_report_that_one_has_begun(run_main, tmp_path, monkeypatch):
   workdir = tmp_path / "run"
   settings = (*PIXELS, f"--workdir={workdir}")

@@ -44,8 +44,8 @@ def test_budgets_are_whatever_can_be_a_budget(text):
   found = budget(text)
   guide = f"ccfg 2@{text}"
   assert parse(f"7@{text}") == (Phase(7, found),)
-  assert parse(f"7@k8,{guide};9@{text} , {guide} in[0,.5]") == (
-    Phase(7, K8, Guidance(2, "null", found)),
+  assert parse(f"7@k16,{guide};9@{text} , {guide} in[0,.5]") == (
+    Phase(7, Budget(16), Guidance(2, "null", found)),
     Phase(9, found, Guidance(2, "null", found, 0, 0.5)),
   )
 
@@ -60,7 +60,7 @@ def test_a_budget_ends_where_words_end():
 def heard_by(heard):
   def read(text):
     heard.append(text)
-    return Budget(len(heard))
+    return Budget(9 - len(heard))
 
   return read
 
@@ -82,7 +82,8 @@ def random_guidance(rng, strong, **common):
     return None
   low, high = sorted(random_number(rng, 1) for _ in range(2))
   low, high = (low, high) if rng.random() < 0.6 else (0.0, 1.0)
-  weak = rng.choice([None, *(Budget(j) for j in range(1, 17))])
+  least = min(budget.latents for budget in strong)
+  weak = rng.choice([None, *(Budget(j) for j in range(1, least + 1))])
   label = "null" if weak in (None, *strong) else rng.choice(("null", "same"))
   return Guidance(random_number(rng, 9), label, weak, low, high, **common)
 

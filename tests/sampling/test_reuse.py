@@ -12,7 +12,7 @@ from elit_jax import sample, sharding
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
 from elit_jax.models import spec
-from elit_jax.sampling import cost
+from elit_jax.sampling import cost, schedule
 from elit_jax.sampling.plan import Guidance, Phase, Reuse
 from elit_jax.sampling.schedule import decide
 from elit_jax.sampling.steppers import stepper
@@ -33,10 +33,7 @@ def phase(steps, threshold=0.0, guidance=None, budget=FULL):
 
 def runs(plan, solver="euler"):
   """Which evaluations are run, one string a phase."""
-  return [
-    "".join("x" if run else "-" for run in found.run_SE[found.exists_SE])
-    for found in decide(plan, stepper(solver), LINEAR, steady)
-  ]
+  return schedule.runs(decide(plan, stepper(solver), LINEAR, steady)).split()
 
 
 def test_what_is_run_is_known_before():
