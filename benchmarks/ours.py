@@ -24,7 +24,6 @@ from elit_jax.data.pipeline import Loader
 from elit_jax.errors import ConfigError
 from elit_jax.logs import Writer
 from elit_jax.models import denoiser, elastic, spec
-from elit_jax.sampling import cost
 from elit_jax.sampling.plan import Guidance, Phase
 
 LATENT_SHRINK = 8  # pixels to a latent, along each side
@@ -179,7 +178,6 @@ def samplers(bench: Bench, steps: int) -> dict[str, Case]:
   for name, guidance in guidances.items():
     plan = (Phase(steps, full, guidance),)
     made = sample.from_config(bench.config, bench.model, bench.mesh, bench.batch)
-    parts = sample.prices(bench.config, bench.model)
     start = time.perf_counter()
     draw = made.compile([plan])
     cases[name] = Case(
@@ -187,7 +185,7 @@ def samplers(bench: Bench, steps: int) -> dict[str, Case]:
       part="sample",
       budget=f"{full}, {name}",
       batch=bench.batch,
-      flops=cost.plan_cost(plan, made.stepper, made.process, parts).flops,
+      flops=bench.batch * made.price(plan).flops,
       run=functools.partial(
         draw, bench.params, bench.config.sample.seed, index, label, plan
       ),

@@ -149,8 +149,8 @@ def test_modulation_chunks_swapped(
 
 def test_attention_and_mlp_chunks_swapped(elit_file: pathlib.Path, monkeypatch) -> None:
   class Mutant(modulation.Modulation):
-    def __call__(self, c_BD: jax.Array) -> list[jax.Array]:
-      chunks = super().__call__(c_BD)
+    def __call__(self, *given: Any) -> list[jax.Array]:
+      chunks = super().__call__(*given)
       return [*chunks[3:], *chunks[:3]]
 
   monkeypatch.setattr(blocks, "Modulation", Mutant)

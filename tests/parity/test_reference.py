@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from elit_jax import ema, optim
+from elit_jax import ema, optim, sample
 from elit_jax.flow.process import process
 from elit_jax.models import denoiser
 from elit_jax.sampling import sampler, steppers
@@ -162,21 +162,13 @@ def test_compiled_plan_is_the_one_that_was_checked(tmp_path: pathlib.Path) -> No
   noise, labels = network.channels_last(file["sample/noise"]), file["sample/y"]
   eps = jnp.asarray(network.channels_last(file["sample/sde_eps"]))
 
-  def predictor(budget: Any) -> Any:
-    def predict(cache: Any, x: Any, at: Any, label_B: Any) -> tuple:
-      t_B = sampler.as_batch(at.t, x)
-      out = denoiser.apply(run.model, run.params, x, t_B, label_B, budget)
-      return cache, out.velocity
-
-    return predict
-
   for name, mode in modes.items():
     follow = functools.partial(
       sampler.sample,
       sampling.plan_of(mode, run.budget),
       steppers.stepper(sampling.solver_of(name, mode)),
       process("linear"),
-      predictor,
+      sample.network(run.model, run.params),
       functools.partial(denoiser.null_labels, run.model),
       noise=lambda i: eps[i],
     )
