@@ -344,6 +344,7 @@ def protocol_of(
     "guidance_scale": guidance.scale if guidance else 1.0,
     "guidance_interval": [guidance.low, guidance.high] if guidance else None,
     "guided_channels": guidance.channels if guidance else None,
+    "guidance_way": guidance.way if guidance else None,
     "weak_label": guidance.label if guidance else None,
     "weak_budget": str(row.weak_budget) if guidance else None,
     "seed": config.eval.seed if row.seed is None else row.seed,

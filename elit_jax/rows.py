@@ -88,18 +88,22 @@ def _counted(steps: int) -> str:
 def guided_rows(config: Config, model: spec.Model, scale: float) -> list[Row]:
   """CFG at the largest budget, and with more than one budget cheap CFG and
   AutoGuidance, both with the smallest as the weak one. None at scale 1.
+
+  All run as `guidance.way` has it; different budgets, which have no batch in common,
+  by "auto" instead of "batch".
   """
   if scale == 1:
     return []
   full, *_, small = [*by_price(config, model)] * 2
   g = config.guidance
-  guide = functools.partial(
-    Guidance, scale, low=g.low, high=g.high, channels=config_lib.guided_channels(config)
-  )
-  guidances = {"CFG": guide()}
+  way = config_lib.guided_way(config)
+  apart = "auto" if way == "batch" else way
+  channels = config_lib.guided_channels(config)
+  guide = functools.partial(Guidance, scale, low=g.low, high=g.high, channels=channels)
+  guidances = {"CFG": guide(way=way)}
   if small != full:
-    guidances["CCFG"] = guide("null", small)
-    guidances["AutoG"] = guide("same", small)
+    guidances["CCFG"] = guide("null", small, way=apart)
+    guidances["AutoG"] = guide("same", small, way=apart)
   if config.flow.label_dropout == 0:
     logging.info("no guidance by the null label: trained with label_dropout 0")
     guidances = {n: g for n, g in guidances.items() if g.label == "same"}

@@ -466,7 +466,8 @@ def show(
       logging.info("samples of %s in %s", images.shape[1:], folder)
       return
     rows.append((f"{name}\n{cost.flops / 1e9:.3g} GFLOPs an image", images))
-  title = f"The same noise and label in each column, seed {config.sample.seed}"
+  same = "The same noise and label in each column, seed" if len(rows) > 1 else ""
+  title = f"{same or 'Noise of seed'} {config.sample.seed}"
   report.grid_png(folder / "grid.png", rows, class_names(workdir, labels), title)
   logging.info("samples in %s, the first of each plan in grid.png", folder)
 

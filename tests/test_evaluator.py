@@ -411,6 +411,25 @@ def test_guided_rows_keep_the_interval_of_the_config():
   assert {(r.guidance.low, r.guidance.high) for r in rows} == {(0.2, 0.7)}
 
 
+@pytest.mark.parametrize(
+  ("way", "ways"),
+  [
+    ("auto", 3 * ["auto"]),
+    ("calls", 3 * ["calls"]),
+    ("packed", 3 * ["packed"]),
+    ("batch", ["batch", "auto", "auto"]),  # CFG alone has one budget
+  ],
+)
+def test_guided_rows_run_as_the_config_has_it(way, ways):
+  config = make_config(guidance__way=way)
+  rows = rows_lib.report_rows(config, model_of(config))
+  guided = [row for row in rows if row.guidance]
+  assert [row.guidance.way for row in guided] == ways
+  about = {"measurement": {}, "subject": {}}
+  found = [evaluator.protocol_of(config, row, 40, about)["subject"] for row in rows]
+  assert [said["guidance_way"] for said in found] == [None, None, *ways]
+
+
 # --- protocols ------------------------------------------------------------------------
 
 

@@ -139,7 +139,7 @@ KNOBS = {
   "guidance.channels": Knob(
     "three", "sampling evaluation", GUIDED | {"data.shape": (8, 8, 4)}
   ),
-  "guidance.way": Knob("calls", "sampling", GUIDED),
+  "guidance.way": Knob("calls", "sampling evaluation", GUIDED),
   "plan.target": Knob("30%", "planning", ELIT),
   "plan.steps": Knob((3,), "planning", ELIT),
   "plan.segments": Knob(1, "planning", ELIT),

@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine, LayoutEngine
+from matplotlib.path import Path
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.transforms import Bbox, ScaledTranslation
 
 from elit_jax.eval import protocol, sweep_rows
 from elit_jax.eval.sweep_rows import Point, Row
@@ -200,6 +202,13 @@ def lies_above(found: Sequence[Point], other: Sequence[Point]) -> bool:
   return bool(np.sum(values - np.interp(x, other_x, others)) >= 0)
 
 
+def settle(made: Figure) -> None:
+  """Gives axes the places that they will have, for whoever puts names on them: when
+  all but names is drawn, the legend included.
+  """
+  made.draw_without_rendering()
+
+
 def names(
   axes: Axes,
   found: Sequence[Point],
@@ -208,30 +217,75 @@ def names(
   *,
   above: bool,
 ) -> None:
-  """Names points on the side that a curve leaves free, the dearest first; where names
-  would cover each other, some are left out. The axes have their limits already.
+  """Names points beyond an end of their bars, the dearest first: where a name covers
+  least of what is drawn already, and else on the side asked for, next to the bar.
+
+  No name covers another; what finds no such place is left out.
   """
-  falls = len(found) < 2 or found[0].value >= found[-1].value
-  right = falls == above
-  taken: list[tuple[float, float]] = []
+  lines = _lines(axes)
   for point in (*found[-1:], *found[:-1]):
-    x, y = axes.transData.transform((point.x, point.value)) * 72 / DPI
-    wide, high = 5.5 * len(name(point.row)), 9.0  # typographic points
-    if any(abs(x - a) < wide and abs(y - b) < high for a, b in taken):
-      continue
-    taken.append((x, y))
-    axes.annotate(
+    taken = [text.get_window_extent().padded(DPI / 72) for text in axes.texts]
+    made = axes.annotate(
       name(point.row),
       (point.x, point.value),
-      (5 if right else -5, 5 if above else -5),
+      (0, 0),
       textcoords="offset points",
-      ha="left" if right else "right",
-      va="bottom" if above else "top",
+      ha="center",
       fontsize=8,
       color=style.colour,
       zorder=5,
       path_effects=HALO,
     )
+    best: tuple[float, int, bool] | None = None
+    for line, up in itertools.product(range(4), (above, not above)):
+      _put(made, axes, point, style, line, up)
+      box = made.get_window_extent()
+      if not any(box.overlaps(other) for other in taken):
+        covered = _covered(axes, box.padded(2 * DPI / 72), lines)
+        price = (covered + 0.6 * line + 0.3 * (up != above), line, up)
+        best = price if best is None or price[0] < best[0] else best
+    if best is None:
+      made.remove()
+    else:
+      _put(made, axes, point, style, *best[1:])
+
+
+def _put(
+  name: Annotation, axes: Axes, point: Point, style: Style, line: int, up: bool
+) -> None:
+  """Above or below the bar of a point, so many lines away."""
+  sign = 1 if up else -1
+  end = point.value + sign * point.error
+  if end <= 0 and axes.get_yscale() == "log":
+    end = point.value
+  room = 0.5 * style.size if end == point.value else 0.0
+  name.xy = (point.x, end)
+  name.set_position((0, sign * (room + 3 + 9 * line)))
+  name.set_verticalalignment("bottom" if up else "top")
+
+
+def _lines(axes: Axes) -> list[Path]:
+  """Curves, bars and marks, in pixels; a mark is a path of one point."""
+  found = []
+  for line in axes.lines:
+    path = line.get_transform().transform_path(line.get_path())
+    found += [Path([xy]) for xy in path.vertices]
+    found += [path] if line.get_linestyle() != "None" else []
+  for bars in axes.collections:
+    found += map(bars.get_transform().transform_path, bars.get_paths())
+  return found
+
+
+def _covered(axes: Axes, box: Bbox, lines: Iterable[Path]) -> int:
+  """How many lines go through a box; and one more where it leaves the axes."""
+  inside = axes.bbox.padded(DPI / 12).containsx
+  leaves = not (inside(box.x0) and inside(box.x1))
+  return leaves + sum(
+    path.intersects_bbox(box, filled=False)
+    if len(path.vertices) > 1
+    else box.contains(*path.vertices[0])
+    for path in lines
+  )
 
 
 def legend(made: Figure, found: Sequence[Axes]) -> None:

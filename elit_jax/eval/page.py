@@ -54,6 +54,11 @@ def _head(sweep: Sweep) -> str:
   lines = ["# What each way of sampling costs and gives", ""]
   lines.append(f"Checkpoint of step {steps:,}. " if steps is not None else "")
   lines[-1] += f"Held fixed in all {len(rows)} rows: {held(rows) or 'nothing'}. "
+  if any(row.get("ms_per_image") for row in rows):
+    lines[-1] += (
+      "Rows were timed one after another: on a machine with other load ms of rows may "
+      "differ by more than their ranges. "
+    )
   names = metric_names(rows)
   if not names:
     return "\n".join(lines) + (

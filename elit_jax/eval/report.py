@@ -11,6 +11,7 @@ of its strong budget), the fraction `recognised` and the `nearest_train_distance
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
 
 from elit_jax.errors import ConfigError
@@ -51,6 +53,7 @@ _OTHER_STYLES = (
   ("D", drawing.GREEN),
   ("v", drawing.ORANGE),
 )
+LETTERS = 24  # of the name of a row of a grid in a line of it, at most
 
 
 def row_caption(row: Mapping) -> str:
@@ -86,13 +89,15 @@ def grid_png(
   path: str | os.PathLike,
   rows: Sequence[tuple[str, np.ndarray]],
   labels: Sequence[int | str],
-  title: str = "The same noise and label in each column, one compute budget a row",
+  title: str | None = None,
 ) -> None:
   """Draw rows of (caption, images `(n, H, W, C)`) under n column labels.
 
   Images are uint8, or floats in [-1, 1].
   One channel is drawn in grey, -1 black; three as RGB. The first line of a caption is
-  set in bold. ConfigError for other channel counts or rows of unequal shapes.
+  set in bold, and over several lines if it is long; what is still longer is cut. The
+  title is by default that of compute budgets. ConfigError for other channel counts or
+  rows of unequal shapes.
   """
   shapes = {np.shape(images) for _, images in rows}
   shape = shapes.pop() if len(shapes) == 1 else ()
@@ -117,15 +122,17 @@ def grid_png(
     canvas[y : y + height, x : x + width] = tile
 
   # Inches; an image gets a pixel for each of its own, up to 256.
-  cell, left, right, top, bottom = (
+  cell, left, right, bottom = (
     max(0.72, min(width, 256) / drawing.DPI),
     2.15,
     0.15,
-    0.72,
     0.15,
   )
   inner_x, inner_y = canvas.shape[1] * cell / width, canvas.shape[0] * cell / width
-  size_x, size_y = left + inner_x + right, top + inner_y + bottom
+  size_x = left + inner_x + right
+  heading = _title(title, len(rows), size_x - 2 * right)
+  top = 0.54 + 0.18 * len(heading)
+  size_y = top + inner_y + bottom
   figure = drawing.figure((size_x, size_y))
   axes = figure.add_axes(
     (left / size_x, bottom / size_y, inner_x / size_x, inner_y / size_y)
@@ -133,22 +140,77 @@ def grid_png(
   axes.imshow(canvas, interpolation="antialiased")
   axes.set_axis_off()
   figure.text(
-    0.15 / size_x, 1 - 0.16 / size_y, title, fontsize=11, weight="bold", va="top"
+    0.15 / size_x,
+    1 - 0.16 / size_y,
+    "\n".join(heading),
+    fontsize=11,
+    weight="bold",
+    va="top",
   )
   axes.text(-2 * gap, -gap, "label", fontsize=10, color="0.35", ha="right")
   texts, size = fitted([str(label) for label in labels], 72 * cell)
   for j, text in enumerate(texts):
     axes.text(j * stride_x + width / 2, -gap, text, fontsize=size, ha="center")
   point = width / (72 * cell)  # canvas pixels in one typographic point
+  room = 72 * (left - 0.15) - 2 * gap / point
   for i, (caption, _) in enumerate(rows):
-    name, _, rest = caption.partition("\n")
-    lines = 1 + rest.count("\n") if rest else 0
-    y = i * stride_y + height / 2 - point * (6 + 5 * lines)
-    style = {"ha": "right", "va": "top"}
-    axes.text(-2 * gap, y, name, style, fontsize=10, weight="bold")
-    y += 14 * point
-    axes.text(-2 * gap, y, rest, style, fontsize=7.5, linespacing=1.3)
+    middle = i * stride_y + height / 2
+    _caption(axes, caption, (-2 * gap, middle), (room, stride_y / point), point)
   drawing.save(figure, path)
+
+
+def _title(title: str | None, rows: int, inches: float) -> list[str]:
+  """Lines of type of 11 points, bold, that are no wider."""
+  if title is None:
+    title = "The same noise and label in each column, one compute budget a row"
+    title = title if rows > 1 else "Samples"
+  return textwrap.wrap(title, int(72 * inches / (0.68 * 11)))
+
+
+def _caption(
+  axes: Axes,
+  caption: str,
+  place: tuple[float, float],
+  room: tuple[float, float],
+  point: float,
+) -> None:
+  """Writes the caption of a row to the left of a place and about its height.
+
+  room: width and height that it may take, in typographic points; point: the units of
+  the axes in one.
+  """
+  name, _, rest = caption.partition("\n")
+  lines = len(rest.splitlines())
+  most = int((room[1] - 12 * lines) / 10)
+  x, middle = place
+  style = {"ha": "right", "va": "top"}
+  text = "\n".join(wrapped(name, max(1, min(4, most))))
+  size = 8.5 if "\n" in text else 10
+  parts = [axes.text(x, middle, text, style, fontsize=size, weight="bold")]
+  if rest:
+    parts.append(axes.text(x, middle, rest, style, fontsize=7.5, linespacing=1.3))
+  heights = [_shrink(part, room[0]) + 3 for part in parts]
+  y = middle - point * sum(heights) / 2
+  for part, height in zip(parts, heights, strict=True):
+    part.set_y(y)
+    y += point * height
+
+
+def wrapped(name: str, lines: int) -> list[str]:
+  """The name of a row over so many lines of `LETTERS`; what is longer ends in …"""
+  return textwrap.wrap(
+    name, LETTERS, max_lines=lines, placeholder=" …", break_on_hyphens=False
+  )
+
+
+def _shrink(text: Text, most: float) -> float:
+  """Makes a text no wider than so many points; returns its height."""
+  box = text.get_window_extent()
+  wide = box.width * 72 / drawing.DPI
+  if wide > most:
+    text.set_fontsize(text.get_fontsize() * most / wide)
+    box = text.get_window_extent()
+  return box.height * 72 / drawing.DPI
 
 
 def tradeoff_png(

@@ -46,13 +46,16 @@ def quality_png(path: str | os.PathLike, sweep: Sweep) -> None:
     drawing.cost_axis(axes, rows)
     drawing.dots(axes, both, BOTH)
     drawing.curve(axes, tokens, TOKENS)
-    above = drawing.lies_above(tokens, steps)
-    drawing.names(axes, tokens, TOKENS, lambda row: str(row["budget"]), above=above)
     if len(steps) > 1:
       drawing.curve(axes, steps, STEPS)
-      less = [point for point in steps if point.row is not rows[0]]
-      drawing.names(axes, less, STEPS, lambda row: str(row["steps"]), above=not above)
   drawing.legend(figure, panels)
+  drawing.settle(figure)
+  for axes, metric in zip(panels, names, strict=True):
+    tokens, steps, _ = (points(each, metric, cost) for each in saved(rows))
+    above = drawing.lies_above(tokens, steps)
+    drawing.names(axes, tokens, TOKENS, lambda row: str(row["budget"]), above=above)
+    less = [point for point in steps if point.row is not rows[0]]
+    drawing.names(axes, less, STEPS, lambda row: str(row["steps"]), above=not above)
   drawing.save(figure, path)
 
 
@@ -156,7 +159,10 @@ def _cost_said(sweep: Sweep) -> str:
   tokens = f"{100 * tokens_of(few) / tokens_of(full):.0f} %"
   return page.sentence(
     rows,
-    [f"{few['budget']} has {tokens} of the tokens and {page.costs(few, full)}"],
+    [
+      f"{few['budget']} has {tokens} of the tokens and {page.costs(few, full)} of "
+      f"{full['budget']}"
+    ],
   )
 
 

@@ -60,6 +60,8 @@ def reuse_png(path: str | os.PathLike, sweep: Sweep) -> None:
     axes.set_xlabel("threshold  (0: nothing is reused)")
   _by_cost(panels[0], main, rows, fewer)
   drawing.legend(figure, panels)
+  drawing.settle(figure)
+  _named(panels[0], main, rows, fewer)
   drawing.save(figure, path)
 
 
@@ -69,12 +71,17 @@ def _by_cost(
   reused, steps = points(rows, metric, cost), points(fewer, metric, cost)
   drawing.metric_axis(axes, metric, (reused, steps))
   drawing.cost_axis(axes, [*rows, *fewer])
-  above = drawing.lies_above(reused, steps)
   if len(steps) > 1:
-    less = [point for point in steps if point.row is not rows[0]]
     drawing.curve(axes, steps, STEPS)
-    drawing.names(axes, less, STEPS, lambda row: str(row["steps"]), above=not above)
   drawing.curve(axes, reused, REUSED)
+
+
+def _named(axes: Axes, metric: str, rows: Sequence[Row], fewer: Sequence[Row]) -> None:
+  """Says which point is which."""
+  reused, steps = points(rows, metric, cost), points(fewer, metric, cost)
+  above = drawing.lies_above(reused, steps)
+  less = [point for point in steps if point.row is not rows[0]]
+  drawing.names(axes, less, STEPS, lambda row: str(row["steps"]), above=not above)
   some = [point for point in reused if threshold(point.row)]
   drawing.names(axes, some, REUSED, lambda row: f"{threshold(row):g}", above=above)
 
@@ -92,7 +99,8 @@ def _reuse_said(sweep: Sweep) -> str:
         else ""
       )
       said.append(
-        f"threshold {threshold(row):g}{of} takes {page.costs(row, none)}"
+        f"threshold {threshold(row):g}{of} takes {page.costs(row, none)} of "
+        + none["name"]
         + (f", {page.against(metric, row, none)}" if metric else "")
       )
   return page.sentence(rows, said)
@@ -215,7 +223,8 @@ def _schedules_said(sweep: Sweep) -> str:
       error = found.deviation / math.sqrt(found.seeds)
       said.append(
         f"seed by seed {a} is at {found.mean:+.2g} ± {error:.2g} from {b}, "
-        f"{told(metric, found)}, for {page.costs(groups[a][0], groups[b][0])}"
+        f"{told(metric, found)}, for {page.costs(groups[a][0], groups[b][0])} "
+        "of the latter"
       )
   return page.sentence(rows, said)
 

@@ -41,8 +41,8 @@ def grid_png(path: str | os.PathLike, sweep: Sweep) -> None:
 
   Colours span at least `LEAST` standard errors, so that chance alone has little colour.
   Framed are the cells that are better than every one of the same or a lower cost, by
-  more than one standard error. ConfigError unless rows without guidance differ in steps
-  and in budget.
+  more than one standard error; never the cheapest, which has none to be better than.
+  ConfigError unless rows without guidance differ in steps and in budget.
   """
   if not is_grid(sweep.rows):
     raise ConfigError(
@@ -66,8 +66,8 @@ def grid_png(path: str | os.PathLike, sweep: Sweep) -> None:
   drawing.note(
     figure,
     f"In each cell the metric, its standard error, and {unit.name} an image.\n"
-    "Framed: better than every cell of the same or a lower cost, by more than one "
-    "standard error.",
+    "Framed: better than every cell of the same or a lower cost (so never the "
+    "cheapest), by more than one standard error.",
   )
   drawing.save(figure, path)
 
@@ -99,7 +99,7 @@ def _heat(
     below.append(drawing.number(point.x / unit.gflops))
     axes.text(column, row + 0.22, value, text, fontsize=9)
     axes.text(column, row - 0.2, "\n".join(below), text, fontsize=6.5)
-  best = frontier(scored, way)
+  best = framed(scored, way)
   for point, (row, column) in zip(scored, places, strict=True):
     if any(point is other for other in best):
       corner = (column - 0.46, row - 0.46)
@@ -110,6 +110,11 @@ def _heat(
   axes.tick_params(length=0)
   axes.spines[:].set_visible(False)
   axes.set_title(drawing.title(metric), fontsize=10)
+
+
+def framed(scored: Sequence[Point], way: str) -> list[Point]:
+  """Of the frontier all but its cheapest, which is there whatever its figure is."""
+  return frontier(scored, way)[1:]
 
 
 def _place(point: Point, budgets: Sequence[str], steps: Sequence[int]) -> tuple:

@@ -1,9 +1,11 @@
 """Files of a sweep: what is told apart, what is drawn and said, and what is refused."""
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
+from matplotlib.path import Path
 from PIL import Image
 
 from elit_jax.errors import ConfigError
@@ -339,6 +341,12 @@ def test_what_the_errors_do_not_tell_is_not_on_the_frontier():
   assert of(sweep_rows.frontier([found[0], found[3]], "lower")) == [(1, 9), (4, 7)]
 
 
+def test_the_cheapest_cell_is_never_framed():
+  found = [at(1, 9, 1), at(2, 8, 1), at(4, 5, 1)]
+  assert of(sweep_steps.framed(found, "lower")) == [(4, 5)]
+  assert sweep_steps.framed(found, "higher") == []
+
+
 def test_the_best_at_each_cost():
   found = [at(1, 9), at(1, 5), at(2, 6), at(2, 7)]
   assert of(sweep_rows.best_of(found, "lower")) == [(1, 5), (2, 6)]
@@ -407,6 +415,58 @@ def test_what_is_held_fixed_is_what_agrees():
   assert "seed" not in page.held(said)
 
 
+def test_ms_are_not_compared_without_a_word_on_other_load(tmp_path):
+  said = "timed one after another: on a machine with other load ms of rows may differ"
+  untimed = [row | {"ms_per_image": None} for row in TOKENS]
+  for rows, wanted in ((TOKENS, 1), (without_metrics(TOKENS), 1), (untimed, 0)):
+    path = page.write(tmp_path / "report.md", Sweep(rows), plots.SECTIONS)
+    assert path.read_text().count(said) == wanted
+
+
+def crowd(error: float) -> list[sweep_rows.Point]:
+  costs = (0.44, 0.51, 0.59, 0.67, 1.0)
+  return [
+    sweep_rows.Point(x, 7 + 1 / x, error, make_row("plain", name=f"k{i}"))
+    for i, x in enumerate(costs)
+  ]
+
+
+@pytest.mark.parametrize("error", [0.0, 0.02, 1.0])
+@pytest.mark.parametrize("above", [True, False])
+def test_every_point_has_its_name_on_nothing_else(error, above, monkeypatch):
+  monkeypatch.setattr(drawing, "DPI", 150)
+  figure, (axes,) = drawing.panels(1, "")
+  points = crowd(error)
+  other = [point._replace(value=point.value + 1.5) for point in points]
+  drawing.metric_axis(axes, "fid", [points, other])
+  style = sweep_budgets.TOKENS
+  drawing.curve(axes, points, style)
+  drawing.settle(figure)
+  drawing.names(axes, points, style, lambda row: row["name"], above=above)
+  drawing.names(axes, other, style, lambda row: row["name"], above=above)
+  assert sorted(text.get_text() for text in axes.texts) == sorted(
+    2 * [f"k{i}" for i in range(5)]
+  )
+  boxes = [text.get_window_extent() for text in axes.texts]
+  for a, b in itertools.combinations(boxes, 2):
+    assert not a.overlaps(b)
+  for point, box in itertools.product(points, boxes[:5]):
+    ends = [(point.x, point.value + sign * error) for sign in (-1, 1)]
+    bar = Path(axes.transData.transform(ends))
+    assert not bar.intersects_bbox(box, filled=False)
+    assert not box.padded(3).contains(*bar.vertices.mean(0))
+
+
+def test_names_that_would_cover_others_wherever_they_are_left_out():
+  figure, (axes,) = drawing.panels(1, "")
+  points = [crowd(0.0)[0]] * 20
+  drawing.metric_axis(axes, "fid", [points])
+  drawing.settle(figure)
+  style = sweep_budgets.TOKENS
+  drawing.names(axes, points, style, lambda row: row["name"], above=True)
+  assert 2 < len(axes.texts) <= 8  # on more than one line above and below
+
+
 def caption(file: str, *rows, **more) -> str:
   (found,) = (p for s in plots.SECTIONS for p in s.pictures if p.file == file)
   return found.caption(Sweep(rows, **more))
@@ -420,6 +480,7 @@ def test_a_caption_is_a_sentence(file):
 
 def test_captions_are_computed():
   assert "k1 has 12 % of the tokens and 40 % of the GFLOPs" in caption("cost.png", *ALL)
+  assert "and 40 % of the ms of k8." in caption("cost.png", *TOKENS)
   text = caption("quality.png", *TOKENS)
   assert "k1 takes 40 % of the GFLOPs and 40 % of the ms of k8: FID 10.20" in text
   assert "worse by" in text
@@ -427,7 +488,7 @@ def test_captions_are_computed():
   assert "errors do not tell apart" in caption("quality.png", *same)
   assert "worse" not in caption("quality.png", *same)
   text = caption("reuse.png", TOKENS[2], *REUSED)
-  assert "threshold 0.2 takes 45 % of the GFLOPs" in text
+  assert "takes 45 % of the GFLOPs and 100 % of the ms of plain k8 20 1, FID" in text
   counted = [row | {"evaluations": 15, "reused": 5} for row in REUSED]
   assert "reuses 5 of 20 evaluations" in caption("reuse.png", TOKENS[2], *counted)
 

@@ -1,14 +1,18 @@
 """Files of a report: layouts, captions, and what happens to bad input."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from elit_jax import files
+from configs import base
+from elit_jax import config as config_lib
+from elit_jax import files, sample
 from elit_jax.errors import ConfigError
-from elit_jax.eval import report
+from elit_jax.eval import drawing, report
+from elit_jax.sampling.cost import PlanCost
 
 
 def make_row(name: str, kind: str = "plain", cost: float = 1.0, **changes) -> dict:
@@ -92,6 +96,65 @@ def test_bad_grids_are_refused(tmp_path):
   with pytest.raises(ConfigError, match=r"\(3, 8, 8, 1\)"):
     uneven = [("k4", images(2, 8, 8, 1)), ("k1", images(3, 8, 8, 1))]
     report.grid_png(tmp_path / "g.png", uneven, [0, 1])
+
+
+PLAN = "10@k2 15@k8, ccfg 2@k1 in [0.1, 0.9]"  # 40 letters
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+  """The figures that are saved."""
+  found = []
+  monkeypatch.setattr(drawing, "save", lambda figure, path: found.append(figure))
+  return found
+
+
+@pytest.mark.parametrize("count", [1, 10])
+@pytest.mark.parametrize("rest", ["", "\n1 GFLOPs", "\n4 latents a group\n1 GFLOPs"])
+@pytest.mark.parametrize("name", ["k4", 24 * "W", PLAN, 5 * PLAN, 200 * "W"])
+def test_names_of_rows_are_within_the_picture(drawn, name, rest, count):
+  x = images(count, 8, 8, 1)
+  report.grid_png("", [(name + rest, x), (name + rest, x)], list(range(count)))
+  (figure,) = drawn
+  shown = [text for text in figure.axes[0].texts if text.get_ha() == "right"][1:]
+  boxes = [text.get_window_extent() for text in [*shown, *figure.texts]]
+  assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
+  assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+  for a, b in itertools.combinations(boxes, 2):
+    assert not a.overlaps(b)
+  assert all(box.x1 < figure.axes[0].bbox.x0 for box in boxes[: len(shown)])
+  text = shown[0].get_text()
+  if len(name) <= 40:
+    assert text.replace("\n", " ") == name
+  else:
+    assert text.endswith("…") and 3 <= len(text.split("\n")) <= 4
+    assert shown[0].get_fontsize() > 5  # and that for the widest letters
+
+
+def test_a_grid_of_one_row_compares_nothing(drawn):
+  x = images(10, 8, 8, 1)
+  report.grid_png("", [("k4", x)], list(range(10)))
+  report.grid_png("", [("k4", x), ("k1", x)], list(range(10)))
+  one, two = (figure.texts[0].get_text() for figure in drawn)
+  assert one == "Samples" and two.startswith("The same noise and label in each column")
+
+
+@pytest.mark.parametrize(
+  ("names", "title"),
+  [
+    (["k4"], "Noise of seed 3"),
+    (["k4", "k1"], "The same noise and label in each column, seed 3"),
+  ],
+)
+def test_samples_are_shown_with_their_seed(tmp_path, drawn, names, title):
+  raw = base.get_config()
+  raw.sample.seed, raw.sample.count = 3, 10
+  for name in names:
+    files.save_samples(tmp_path / name / "000000.npz", images(10, 8, 8, 1), [0] * 10)
+  costs = {name: PlanCost(10, 10**9) for name in names}
+  folders = {name: tmp_path / name for name in names}
+  sample.show(config_lib.resolve(raw), costs, folders, tmp_path)
+  assert drawn[0].texts[0].get_text() == title
 
 
 def test_captions_say_latents_gflops_and_ms():
