@@ -126,6 +126,12 @@ def _plans(config: config_lib.Config) -> list[dict[str, Any]]:
   if not config.sample.plan:
     return []
   if WORKDIR.value is None:
+    plans = config_lib.plans(config, config_lib.build_model(config))
+    if any(p.reuse and p.reuse.threshold > 0 for plan in plans for p in plan):
+      raise ConfigError(
+        f"config.sample.plan {config.sample.plan!r} reuses evaluations, and which "
+        "depends on the checkpoint, as does the price: give its --workdir"
+      )
     return describe.plans(config)
   workdir = pathlib.Path(WORKDIR.value).expanduser()
   return describe.plans(config, *planning.what_is_known(config, workdir))

@@ -5,8 +5,12 @@ Letters: L noise levels, n times, E numbers of a time embedding.
 """
 
 import functools
+import json
+import math
 import pathlib
-from collections.abc import Iterable, Mapping
+import reprlib
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +32,8 @@ COMMAND = "run --mode=calibrate"
 # Besides the model, what the numbers hang on.
 LEAVES = ("sample.ema", "sample.solver", "sample.shift")
 CHUNK = 64  # times that are embedded at once
+# How a sentence calls what JSON has.
+KINDS = {dict: "object", list: "list", str: "text", int: "whole number"}
 
 Curves = Mapping[str, np.ndarray]  # by budget, as text: a value for each level (L,)
 
@@ -117,22 +123,19 @@ def load(workdir: pathlib.Path, config: Config, step: int) -> Calibration:
   stored = files.read_json(path, f"{COMMAND} again")
   wanted = identity(config, config_lib.build_model(config), step)
   try:
-    found = stored["identity"]
+    found = part(stored, "identity", dict)
     differences = [
       f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}"
-      for name in (*wanted, *(set(found) - set(wanted)))
+      for name in (*wanted, *sorted(set(found) - set(wanted)))
       if found.get(name) != wanted.get(name)
     ]
-    made = _read(stored)
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise ConfigError(
-      f"{path} is damaged ({type(error).__name__}: {error}): {COMMAND} again"
-    ) from None
-  if differences:
-    raise ConfigError(
-      f"{path} is not of this checkpoint ({'; '.join(differences)}): {COMMAND} again"
-    )
-  return made
+    if differences:
+      raise ConfigError(
+        f"{path} is not of this checkpoint ({'; '.join(differences)}): {COMMAND} again"
+      )
+    return _read(stored, wanted["budgets"], config.flow.label_dropout > 0)
+  except ValueError as error:
+    raise ConfigError(f"{path} is damaged ({error}): {COMMAND} again") from None
 
 
 def meter_for(
@@ -151,26 +154,87 @@ def meter_for(
   return known.meter(config_lib.build_model(config), params)
 
 
-def _read(stored: Mapping[str, Any]) -> Calibration:
-  cache = stored["teacache"]
-  levels = np.array(stored["levels"], np.float64)
+# --- what may be damaged --------------------------------------------------------------
 
-  def curves(name: str) -> Curves:
-    found = {b: np.array(row, np.float64) for b, row in stored[name].items()}
-    if any(row.shape != levels.shape for row in found.values()):
-      raise ValueError(f"{name} has not {len(levels)} values")
+
+def part(stored: Any, name: str, kind: type) -> Any:
+  """What stands in an object of JSON under a name; ValueError if not of that kind."""
+  if not isinstance(stored, dict) or type(stored.get(name)) is not kind:
+    raise ValueError(f"it has no {KINDS[kind]} {name!r}")
+  return stored[name]
+
+
+def number(value: Any, name: str, least: float = -math.inf) -> float:
+  """A number of JSON; ValueError, by its name, if it is none, endless or too small."""
+  possible = type(value) in (int, float) and abs(value) <= sys.float_info.max
+  if not possible or value < least:
+    wanted = "a finite number" if least == -math.inf else f"a number from {least:g} up"
+    raise ValueError(f"{name} is {reprlib.repr(value)}, not {wanted}")
+  return float(value)
+
+
+def _read(stored: Any, budgets: Collection[str], null: bool) -> Calibration:
+  """budgets: of every curve. null: whether there are curves without the label.
+
+  ValueError that says what is not as it was written.
+  """
+  levels = _numbers(part(stored, "levels", list), "levels")
+  if not len(levels) or np.any(np.diff([0, *levels, 1]) < 0):
+    raise ValueError("levels do not rise within [0, 1]")
+
+  def curves(name: str, known: bool) -> Curves:
+    rows = part(stored, name, dict)
+    wanted = set(budgets) if known else set()
+    if odd := sorted(wanted.symmetric_difference(rows)):
+      raise ValueError(f"{name} has {'no' if odd[0] in wanted else 'a'} {odd[0]!r}")
+    found = {b: _numbers(part(rows, b, list), f"{name} of {b}") for b in rows}
+    for budget, row in found.items():
+      if len(row) != len(levels):
+        raise ValueError(f"{name} of {budget} has not {len(levels)} values")
     return found
 
-  return Calibration(
-    step=int(stored["step"]),
-    average=str(stored["average"]),
-    steps=int(stored["steps"]),
+  made = Calibration(
+    step=part(stored, "step", int),
+    average=part(stored, "average", str),
+    steps=part(stored, "steps", int),
     levels=levels,
-    loss=curves("loss"),
-    loss_gap=curves("loss_gap"),
-    null_loss=curves("null_loss"),
-    null_loss_gap=curves("null_loss_gap"),
-    polynomial=Polynomial(tuple(map(float, cache["coefficients"])), *cache["range"]),
-    steps_error={int(n): float(e) for n, e in stored["steps_error"].items()},
-    reuse_error={float(r): float(e) for r, e in stored["reuse_error"].items()},
+    loss=curves("loss", True),
+    loss_gap=curves("loss_gap", True),
+    null_loss=curves("null_loss", null),
+    null_loss_gap=curves("null_loss_gap", null),
+    polynomial=_polynomial(part(stored, "teacache", dict)),
+    steps_error=_errors(stored, "steps_error", int, 1),
+    reuse_error=_errors(stored, "reuse_error", float, 0),
   )
+  if not made.steps_error:
+    raise ValueError("steps_error has no number of steps")
+  json.dumps(stored, allow_nan=False)  # what is not read here has no NaN either
+  return made
+
+
+def _numbers(values: list[Any], name: str) -> np.ndarray:
+  return np.array([number(value, name) for value in values], np.float64)
+
+
+def _polynomial(cache: Mapping[str, Any]) -> Polynomial:
+  coefficients, ends = (
+    _numbers(part(cache, name, list), f"teacache {name}")
+    for name in ("coefficients", "range")
+  )
+  if not len(coefficients):
+    raise ValueError("teacache has no coefficient")
+  if len(ends) != 2 or ends[0] > ends[1]:
+    raise ValueError(f"teacache range is {reprlib.repr(ends.tolist())}")
+  return Polynomial(tuple(coefficients.tolist()), *ends.tolist())
+
+
+def _errors(
+  stored: Any, name: str, read: Callable[[str], Any], least: int
+) -> dict[Any, float]:
+  """By what they are errors of, which is a number, too, in JSON a text."""
+  found = {}
+  for text, error in part(stored, name, dict).items():
+    key = read(text)
+    number(key, f"a key of {name}", least)
+    found[key] = number(error, f"{name} of {text}", 0)
+  return found

@@ -5,13 +5,15 @@ and for every phase. What that is, is fitted to the measured times of a few runs
 """
 
 import dataclasses
+import datetime
 import functools
+import json
 import math
 import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from jax.sharding import Mesh
 from elit_jax import config as config_lib
 from elit_jax import distributed, environment, files, preemption, sample
 from elit_jax.budget import Budget
+from elit_jax.calibration import number, part
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.logs import Progress
@@ -52,12 +55,13 @@ class Table:
   parts: "single BUDGET", an evaluation; "double BUDGET", a guided one as a batch of
   twice the size; "shared", by how much less a pair takes that shares its head;
   "reused", one branch that is reused; "run" and "phase", what a run takes besides, and
-  every phase but its first. error: what `try_out` found.
+  every phase but its first. error: what `try_out` found. date: when, in ISO 8601, UTC.
   """
 
   parts: Mapping[str, float]
   identity: Mapping[str, Any]
   error: Mapping[str, Any]
+  date: str
 
   def tariff(self) -> Tariff:
     """What evaluations take; ConfigError for a budget that was not measured."""
@@ -71,6 +75,13 @@ class Table:
     if missing := [name for name in parts if name not in self.parts]:
       raise ConfigError(f"{FILE} has nothing of {missing[0]!r}: {ADVICE}")
     return sum(count * self.parts[name] for name, count in parts.items())
+
+
+def needed(budgets: Collection[Budget]) -> list[str]:
+  """The parts that plans of these budgets can consist of."""
+  names = [f"{kind} {budget}" for kind in ("single", "double") for budget in budgets]
+  shared = ["shared"] if len(budgets) > 1 else []
+  return [*names, *shared, "reused", "run", "phase"]
 
 
 def predict_ms(plan: Sequence[Decided], table: Table) -> float:
@@ -265,9 +276,11 @@ def measure(
   if seconds is None:
     return None
   # One table for all processes.
-  ms = distributed.on_leader(lambda: [1e3 * s / made.batch_size for s in seconds])
+  ms, date = distributed.on_leader(
+    lambda: ([1e3 * s / made.batch_size for s in seconds], now())
+  )
   parts = fit([amounts_of(still.decide(plan)) for plan in fitted], ms[: len(fitted)])
-  table = Table(parts, identity, {})
+  table = Table(parts, identity, {}, date)
   decided = [made.decide(plan) for plan in tried]
   return dataclasses.replace(table, error=try_out(table, decided, ms[len(fitted) :]))
 
@@ -319,6 +332,11 @@ def identity(config: Config, mesh: Mesh) -> dict[str, Any]:
   }
 
 
+def now() -> str:
+  """Date and time as a table has them."""
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def save(path: pathlib.Path, table: Table) -> None:
   """Writes a table, whole or not at all."""
   files.write_json(path, dataclasses.asdict(table))
@@ -329,14 +347,19 @@ def load(
 ) -> Table:
   """The table in a file.
 
-  ConfigError if there is none, if it is of something else than `identity`, and if it
-  lacks a budget; the sentence says what differs and how to have another.
+  ConfigError if there is none, if it is damaged or of something else than `identity`,
+  and if it lacks a part of these budgets; the sentence says which, and how to have
+  another.
   """
   if not path.exists():
     raise ConfigError(f"there is no {path}: {ADVICE}")
   found = files.read_json(path, advice=ADVICE)
   if set(found) != {field.name for field in dataclasses.fields(Table)}:
     raise ConfigError(f"{path} is of another version: {ADVICE}")
+  try:
+    table = _read(found)
+  except ValueError as error:
+    raise ConfigError(f"{path} is damaged ({error}): {ADVICE}") from None
   old, new = (files.flatten(one) for one in (found["identity"], identity))
   for name in sorted({*old, *new}):
     if old.get(name) != new.get(name):
@@ -344,14 +367,30 @@ def load(
         f"{path} was measured with {name} {old.get(name)!r}, now it is "
         f"{new.get(name)!r}: {ADVICE}"
       )
-  for budget in budgets:
-    if f"single {budget}" not in found["parts"]:
-      raise ConfigError(f"{path} has nothing of budget {budget}: {ADVICE}")
-  return Table(**found)
+  if missing := [name for name in needed(budgets) if name not in table.parts]:
+    raise ConfigError(f"{path} has nothing of {missing[0]!r}: {ADVICE}")
+  return table
+
+
+def _read(found: Any) -> Table:
+  """ValueError that says what is not as it was written."""
+  parts, error = part(found, "parts", dict), part(found, "error", dict)
+  for name, ms in parts.items():
+    number(ms, name, 0)
+  number(error.get("median_relative_error"), "median_relative_error", 0)
+  for row in part(error, "plans", list):
+    part(row, "plan", str)
+    for name in ("predicted_ms", "measured_ms", "relative_error"):
+      number(row.get(name), name, 0)
+  date = part(found, "date", str)
+  if datetime.datetime.fromisoformat(date).utcoffset() != datetime.timedelta(0):
+    raise ValueError(f"date is {date!r}, not in UTC")
+  json.dumps(found, allow_nan=False)  # what is not read here has no NaN either
+  return Table(parts, part(found, "identity", dict), error, date)
 
 
 def log_error(table: Table) -> None:
-  """Says how well the table predicts."""
+  """Says when the table was measured, and how well it predicts."""
   rows = table.error["plans"]
   for row in rows:
     logging.info(
@@ -359,6 +398,6 @@ def log_error(table: Table) -> None:
       *(row["plan"], row["predicted_ms"], row["measured_ms"]),
     )
   logging.info(
-    "latency of %d random plans: median error %.1f %%",
-    *(len(rows), 100 * table.error["median_relative_error"]),
+    "latency of %d random plans, measured %s: median error %.1f %%",
+    *(len(rows), table.date, 100 * table.error["median_relative_error"]),
   )

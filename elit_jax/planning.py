@@ -4,6 +4,7 @@ Plans and what they should give come from `sampling.search`; with --evaluate, qu
 measured. The results are in <workdir>/plan and <workdir>/plan_evaluated.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -294,7 +295,7 @@ def latencies(
       found = latency.load(path, identity, budgets)
     except ConfigError as error:
       return {"reason": str(error).partition(f": {latency.ADVICE}")[0]}
-    return {"table": {"parts": found.parts, "identity": identity, "error": found.error}}
+    return {"table": dataclasses.asdict(found)}
 
   looked = distributed.on_leader(look)
   if "table" in looked:

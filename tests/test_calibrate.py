@@ -1,5 +1,6 @@
 """What less compute costs a model: measured as said, kept, and refused if stale."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -290,34 +291,119 @@ def test_without_one_it_is_said_what_to_run(tmp_path):
     calibration.load(tmp_path, as_loaded(), 7)
 
 
-def cut_short(text: str) -> str:
-  return text[: len(text) // 2]
+# What is done to the file, and what is said of it.
+DAMAGE = {
+  "no identity": (lambda t: t.pop("identity"), "no object 'identity'"),
+  "identity in words": (lambda t: t.update(identity="digits"), "no object 'identity'"),
+  "a step in words": (lambda t: t.update(step="7"), "no whole number 'step'"),
+  "no average": (lambda t: t.update(average=None), "no text 'average'"),
+  "no levels": (lambda t: t.update(levels=[]), "levels do not rise"),
+  "levels that fall": (lambda t: t["levels"].reverse(), "levels do not rise"),
+  "a level outside": (lambda t: t["levels"].__setitem__(9, 2), "levels do not rise"),
+  "a level less": (lambda t: t["loss_gap"]["k1"].pop(), "loss_gap of k1 has not 10"),
+  "one gap": (lambda t: t["loss_gap"].update(k1=0.1), "no list 'k1'"),
+  "NaN in a gap": (
+    lambda t: t["loss_gap"]["k1"].__setitem__(3, math.nan),
+    "loss_gap of k1 is nan, not a finite number",
+  ),
+  "a gap in words": (
+    lambda t: t["null_loss_gap"]["k4"].__setitem__(0, "0"),
+    "null_loss_gap of k4 is '0', not a finite number",
+  ),
+  "a budget less": (lambda t: t["loss"].pop("k4"), "loss has no 'k4'"),
+  "a budget less without the label": (
+    lambda t: t["null_loss_gap"].pop("k1"),
+    "null_loss_gap has no 'k1'",
+  ),
+  "nothing without the label": (
+    lambda t: t.update(null_loss={}),
+    "null_loss has no 'k1'",
+  ),
+  "a budget more": (
+    lambda t: t["loss_gap"].update(k2=[0.0] * 10),
+    "loss_gap has a 'k2'",
+  ),
+  "no polynomial": (lambda t: t.pop("teacache"), "no object 'teacache'"),
+  "no coefficients": (
+    lambda t: t["teacache"].update(coefficients=[]),
+    "teacache has no coefficient",
+  ),
+  "coefficients that are none": (
+    lambda t: t["teacache"]["coefficients"].__setitem__(0, math.nan),
+    "teacache coefficients is nan",
+  ),
+  "half a range": (lambda t: t["teacache"]["range"].pop(), "teacache range is"),
+  "no range": (lambda t: t["teacache"].update(range=[2, 1]), "teacache range is"),
+  "an endless range": (
+    lambda t: t["teacache"]["range"].__setitem__(1, math.inf),
+    "teacache range is inf",
+  ),
+  "no steps": (lambda t: t.update(steps_error={}), "steps_error has no number"),
+  "zero steps": (
+    lambda t: t["steps_error"].update({"0": 0.1}),
+    "a key of steps_error is 0, not a number from 1 up",
+  ),
+  "half a step": (lambda t: t["steps_error"].update({"2.5": 0.1}), "'2.5'"),
+  "a negative error": (
+    lambda t: t["steps_error"].update({"3": -0.1}),
+    "steps_error of 3 is -0.1, not a number from 0 up",
+  ),
+  "a threshold below 0": (
+    lambda t: t["reuse_error"].update({"-0.1": 0.1}),
+    "a key of reuse_error is -0.1",
+  ),
+  "a threshold that is none": (
+    lambda t: t["reuse_error"].update({"nan": 0.1}),
+    "a key of reuse_error is nan",
+  ),
+  "an endless error of reuse": (
+    lambda t: t["reuse_error"].update({"0.1": math.inf}),
+    "reuse_error of 0.1 is inf",
+  ),
+  "no number": (
+    lambda t: t["reuse_error"].update({"0.1": True}),
+    "reuse_error of 0.1 is True",
+  ),
+  "too large a number": (
+    lambda t: t["reuse_error"].update({"0.1": 10**400}),
+    "not a number from 0 up",
+  ),
+  "NaN in what is not read": (
+    lambda t: t["loss_error"]["k1"].__setitem__(0, math.nan),
+    "not JSON",
+  ),
+}
 
 
-def without(name: str):
-  def change(text: str) -> str:
-    return json.dumps({k: v for k, v in json.loads(text).items() if k != name})
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_one_is_refused(calibrated, tmp_path, case):
+  damage, said = DAMAGE[case]
+  stored = copy.deepcopy(calibrated[1])
+  damage(stored)
+  path = tmp_path / calibration.FILE
+  path.write_text(json.dumps(stored))
+  with pytest.raises(ConfigError, match=re.escape(said)) as error:
+    calibration.load(tmp_path, as_loaded(), 7)
+  assert str(error.value).startswith(f"{path} is damaged (")
+  assert str(error.value).endswith("): run --mode=calibrate again")
 
-  return change
 
-
-def one_level_less(text: str) -> str:
-  stored = json.loads(text)
-  stored["loss_gap"]["k1"].pop()
-  return json.dumps(stored)
-
-
-@pytest.mark.parametrize(
-  "damage",
-  [cut_short, without("teacache"), without("identity"), one_level_less],
-  ids=["cut", "no polynomial", "no identity", "a level less"],
-)
-def test_a_damaged_one_is_refused(calibrated, tmp_path, damage):
-  workdir, _ = calibrated
-  text = (workdir / calibration.FILE).read_text()
-  (tmp_path / calibration.FILE).write_text(damage(text))
+def test_one_that_is_cut_short_is_refused(calibrated, tmp_path):
+  text = (calibrated[0] / calibration.FILE).read_text()
+  (tmp_path / calibration.FILE).write_text(text[: len(text) // 2])
   with pytest.raises(ConfigError, match=r"is damaged .*run --mode=calibrate again"):
     calibration.load(tmp_path, as_loaded(), 7)
+
+
+def test_a_model_without_a_null_label_has_no_curves_of_it(calibrated, tmp_path):
+  stored = copy.deepcopy(calibrated[1])
+  (tmp_path / calibration.FILE).write_text(json.dumps(stored))
+  config = as_loaded(flow__label_dropout=0.0)
+  with pytest.raises(ConfigError, match="damaged .null_loss has a 'k1'"):
+    calibration.load(tmp_path, config, 7)
+  stored |= {"null_loss": {}, "null_loss_gap": {}}
+  (tmp_path / calibration.FILE).write_text(json.dumps(stored))
+  assert calibration.load(tmp_path, config, 7).null_loss_gap == {}
 
 
 def test_it_is_drawn(calibrated):

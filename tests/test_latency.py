@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 
 import jax
@@ -29,6 +30,7 @@ TRUE = {
   "reused": 0.25,
 }
 EXACT = {"rel": 1e-6}
+DATE = "2026-11-21T20:15:00+00:00"
 
 
 def make_config(**leaves) -> config_lib.Config:
@@ -144,7 +146,7 @@ PLANS = {
 def test_prediction_is_arithmetic(name):
   plan, expected = PLANS[name]
   decided = make_sampler(make_config()).decide(plan)
-  table = latency.Table(TRUE, {}, {})
+  table = latency.Table(TRUE, {}, {}, DATE)
   assert latency.predict_ms(decided, table) == pytest.approx(expected)
   amounts = latency.amounts_of(decided)
   assert sum(TRUE[n] * count for n, count in amounts.items()) == pytest.approx(expected)
@@ -174,15 +176,17 @@ def test_a_signal_ends_it(monkeypatch):
 def saved(folder, **changes) -> tuple:
   config = make_config()
   identity = latency.identity(config, sharding.make_mesh())
-  error = {"median_relative_error": 0.01, "plans": []}
+  row = dict.fromkeys(("predicted_ms", "measured_ms", "relative_error"), 1.0)
+  error = {"median_relative_error": 0.01, "plans": [{"plan": "2@k1"} | row]}
   path = folder / latency.FILE
-  latency.save(path, latency.Table(TRUE, identity, error))
+  latency.save(path, latency.Table(TRUE, identity, error, DATE))
   return path, identity | changes
 
 
 def test_a_table_is_read_as_it_was_written(tmp_path):
   path, identity = saved(tmp_path)
-  assert latency.load(path, identity, BUDGETS).parts == TRUE
+  found = latency.load(path, identity, BUDGETS)
+  assert (found.parts, found.date) == (TRUE, DATE)
   assert [file.name for file in tmp_path.iterdir()] == [latency.FILE]
 
 
@@ -236,7 +240,7 @@ def test_how_it_is_sampled_changes_no_table(tmp_path, leaves):
 
 def test_a_table_without_a_budget_or_cut_short_is_refused(tmp_path):
   path, identity = saved(tmp_path)
-  with pytest.raises(ConfigError, match="nothing of budget k3"):
+  with pytest.raises(ConfigError, match="nothing of 'single k3'"):
     latency.load(path, identity, (Budget(3),))
   with pytest.raises(ConfigError, match="there is no .*measures it anew"):
     latency.load(tmp_path / "none.json", identity, BUDGETS)
@@ -249,10 +253,76 @@ def test_a_table_without_a_budget_or_cut_short_is_refused(tmp_path):
     latency.load(path, identity, BUDGETS)
 
 
+@pytest.mark.parametrize("name", TRUE)
+def test_a_table_without_a_part_is_refused(tmp_path, name):
+  path, identity = saved(tmp_path)
+  changed(path, lambda stored: stored["parts"].pop(name))
+  with pytest.raises(ConfigError, match=f"nothing of '{name}': .*measures it anew"):
+    latency.load(path, identity, BUDGETS)
+  if name in ("shared", "single k1", "double k1"):  # which one budget does not need
+    assert name not in latency.load(path, identity, BUDGETS[1:]).parts
+
+
+def test_a_table_without_a_date_is_of_another_version(tmp_path):
+  path, identity = saved(tmp_path)
+  changed(path, lambda stored: stored.pop("date"))
+  with pytest.raises(ConfigError, match="of another version: .*measures it anew"):
+    latency.load(path, identity, BUDGETS)
+
+
+DAMAGE = {
+  "no parts": (lambda t: t.update(parts=None), "no object 'parts'"),
+  "a part in words": (lambda t: t["parts"].update(run="3"), "run is '3'"),
+  "true": (lambda t: t["parts"].update(run=True), "run is True"),
+  "NaN": (lambda t: t["parts"].update(run=math.nan), "run is nan"),
+  "endless": (lambda t: t["parts"].update(run=math.inf), "run is inf"),
+  "below 0": (lambda t: t["parts"].update(run=-1), "run is -1, not a number from 0 up"),
+  "no identity": (lambda t: t.update(identity=None), "no object 'identity'"),
+  "a list of errors": (lambda t: t.update(error=[]), "no object 'error'"),
+  "no error": (lambda t: t.update(error={}), "median_relative_error is None"),
+  "no plans": (lambda t: t["error"].update(plans={}), "no list 'plans'"),
+  "a plan in words": (lambda t: t["error"].update(plans=["2@k1"]), "no text 'plan'"),
+  "a plan without ms": (
+    lambda t: t["error"]["plans"][0].pop("measured_ms"),
+    "measured_ms is None",
+  ),
+  "a date in numbers": (lambda t: t.update(date=20261121), "no text 'date'"),
+  "no date": (lambda t: t.update(date="yesterday"), "'yesterday'"),
+  "a date of somewhere": (lambda t: t.update(date="2026-11-21T20:15:00"), "not in UTC"),
+  "NaN elsewhere": (lambda t: t["identity"].update(cores=math.nan), "not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_table_is_refused(tmp_path, case):
+  path, identity = saved(tmp_path)
+  damage, said = DAMAGE[case]
+  changed(path, damage)
+  with pytest.raises(ConfigError, match=said) as error:
+    latency.load(path, identity, BUDGETS)
+  assert str(error.value).startswith(f"{path} is damaged (")
+  assert str(error.value).endswith(f"): {latency.ADVICE}")
+
+
+def changed(path, change) -> None:
+  stored = json.loads(path.read_text())
+  change(stored)
+  path.write_text(json.dumps(stored))
+
+
+def test_it_is_said_when_it_was_measured(monkeypatch, caplog):
+  before = latency.now()
+  table = measured(monkeypatch)
+  assert before <= table.date <= latency.now()
+  with caplog.at_level("INFO", logger="absl"):
+    latency.log_error(table)
+  assert f"10 random plans, measured {table.date}: median error" in caplog.text
+
+
 def test_a_budget_that_was_not_measured_has_no_price():
   decided = make_sampler(make_config()).decide((Phase(2, Budget(3)),))
   with pytest.raises(ConfigError, match="nothing of 'single k3'"):
-    latency.predict_ms(decided, latency.Table(TRUE, {}, {}))
+    latency.predict_ms(decided, latency.Table(TRUE, {}, {}, DATE))
 
 
 # --- a real clock ---------------------------------------------------------------------

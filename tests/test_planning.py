@@ -41,7 +41,7 @@ def made_table(config: config_lib.Config, mesh, **changes) -> latency.Table:
     tokens = float(budget[1:])
     parts |= {f"single {budget}": 1 + tokens / 4, f"double {budget}": 1.5 + tokens / 2}
   error = {"median_relative_error": 0.04, "plans": []}
-  return latency.Table(parts, latency.identity(config, mesh), error)
+  return latency.Table(parts, latency.identity(config, mesh), error, latency.now())
 
 
 @pytest.fixture

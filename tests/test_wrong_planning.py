@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import planned
@@ -196,6 +197,72 @@ def test_describing_with_the_table_of_another_machine(
   assert "no ms:" in text and "machine 'another'" in text
   with pytest.raises(ConfigError, match="run --mode=calibrate"):
     run_main(*given[:-1], "--config.sample.plan=2@k1, teacache 0.1")
+
+
+REUSING = "--config.sample.plan=2@k1, teacache 0.1"
+BROKEN = {
+  "a budget less": lambda stored: stored["null_loss_gap"].pop("k4"),
+  "no coefficients": lambda stored: stored["teacache"].update(coefficients=[]),
+  "NaN": lambda stored: stored["teacache"].update(coefficients=[math.nan, 1]),
+  "no steps": lambda stored: stored.update(steps_error={}),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN)
+@pytest.mark.parametrize("mode", ["sample", "plan", "describe"])
+def test_a_damaged_calibration_writes_nothing(
+  run_main, digits_run, tmp_path, mode, damage
+):
+  run = copied(digits_run, tmp_path)
+  planned.calibrate(run, make_config())
+  stored = json.loads((run / calibration.FILE).read_text())
+  BROKEN[damage](stored)
+  (run / calibration.FILE).write_text(json.dumps(stored))
+  plan = () if mode == "plan" else (REUSING,)
+  with pytest.raises(ConfigError, match=r"calibration\.json is damaged .* again$"):
+    run_main(*arguments(run), f"--mode={mode}", *plan)
+  assert not [name for name in WRITTEN if (run / name).exists()]
+
+
+WRITTEN = ("samples", "plan", "plan_evaluated", latency.FILE)
+
+
+@pytest.mark.parametrize("broken", [None, {"single k1": "1"}, {"single k1": 1.0}])
+def test_a_damaged_table_is_measured_anew(
+  run_main, digits_run, tmp_path, monkeypatch, caplog, capsys, broken
+):
+  run = copied(digits_run, tmp_path)
+  config = make_config()
+  planned.calibrate(run, config)
+  table = made_table(config, sharding.make_mesh())
+  latency.save(run / latency.FILE, table)
+  stored = json.loads((run / latency.FILE).read_text()) | {"parts": broken}
+  (run / latency.FILE).write_text(json.dumps(stored))
+  run_main(*arguments(run), "--mode=describe", "--config.sample.plan=2@k1")
+  said = capsys.readouterr().out
+  assert "no ms:" in said and latency.ADVICE in said
+  monkeypatch.setattr(latency, "measure", lambda *_: table)
+  with caplog.at_level("INFO", "absl"):
+    run_main(*arguments(run))
+  assert "latency is measured anew" in caplog.text
+  assert json.loads((run / latency.FILE).read_text())["parts"] == table.parts
+
+
+@pytest.mark.parametrize("workdir", [False, True])
+def test_describing_reuse_needs_the_checkpoint(
+  run_main, digits_run, tmp_path, capsys, workdir
+):
+  run = copied(digits_run, tmp_path)
+  planned.calibrate(run, make_config())
+  given = [a for a in arguments(run) if workdir or not a.startswith("--workdir")]
+  if workdir:
+    run_main(*given, "--mode=describe", REUSING)
+    assert "2@k1, teacache 0.1" in capsys.readouterr().out
+    return
+  with pytest.raises(ConfigError, match="depends on the checkpoint.* --workdir$"):
+    run_main(*given, "--mode=describe", REUSING)
+  run_main(*given, "--mode=describe", "--config.sample.plan=2@k1, teacache 0")
+  assert "2@k1" in capsys.readouterr().out
 
 
 def copied(digits_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
