@@ -447,8 +447,8 @@ def beaten(
   """Rows that rows of a frontier beat at a like price, one for each of at most so many.
 
   The one for a row costs no less, and up to `LIKE` more; of all such it has the median
-  of predicted error, the lower one of two. None samples as a plan that nothing beats, or
-  as another of them.
+  of predicted error, the lower one of two. None samples as a plan that nothing beats,
+  or as another of them.
   """
   chosen: list[int] = []
   best = search.frontier(price, found.excess)

@@ -215,7 +215,11 @@ def test_the_command_samples_as_the_run_was_planned(run_main, tmp_path, file_say
   text = planning.command(asked, plan, words)
   said = shlex.split(text)
   assert said[:4] == ["python", "main.py", words[0], "--workdir=~/runs/a b"]
-  assert not any(word.startswith(("--evaluate", "--config.eval")) for word in said)
+  assert [word.partition("=")[0].removeprefix("--config.") for word in said[4:]] == [
+    *("sample.solver", "sample.shift", "guidance.way", "guidance.channels"),
+    *("sample.classes", "model.qk_norm", "seed"),
+    *("--mode", "sample.plan", "guidance.scale", "sample.reuse"),
+  ]
   found = parsed(said[2:])
   assert found.sample.plan == plan
   mine, run = (files.flatten(config_lib.to_json(x)) for x in (found, asked))
@@ -234,6 +238,21 @@ def test_the_command_samples_as_the_run_was_planned(run_main, tmp_path, file_say
   assert {
     n for n in differ if n not in allowed and n.split(".")[0] not in allowed
   } == set()
+
+
+def test_the_command_takes_back_what_the_config_file_says(run_main, tmp_path):
+  del run_main
+  file = tmp_path / "own.py"
+  file.write_text(
+    "from configs import digits\n"
+    "def get_config():\n"
+    "  config = digits.get_config()\n"
+    "  config.guidance.scale, config.sample.reuse = 3.0, 0.1\n"
+    "  return config\n"
+  )
+  words = [f"--config={file}", "--config.guidance.scale=1", "--config.sample.reuse=0"]
+  said = shlex.split(planning.command(parsed(words), "8@k4", words))
+  assert parsed(said[2:]).sample.plan == "8@k4"  # which refuses these beside it
 
 
 def test_without_a_command_line_the_command_is_what_is_added():
@@ -396,7 +415,7 @@ def test_what_the_frontier_beats_is_measured_at_a_like_price():
 def test_the_plan_that_the_frontier_beats_is_the_median_of_its_price():
   # Neither hardly worse nor far worse; neither dearer by a fifth nor cheaper.
   rows = [(1.0, 1.0, (9,)), (1.05, 1.1, (8,)), (1.0, 2.0, (7,)), (1.1, 9.0, (6,))]
-  rows += [(1.2, 1.9, (5,)), (0.95, 1.8, (4,))]
+  rows += [(1.2, 1.9, (5,)), (0.95, 1.8, (4,)), (1.08, 0.5, (3,)), (1.09, 0.6, (2,))]
   assert planning.beaten(*tried(*rows), np.array([0])) == [2]
   # What differs in a threshold alone, to no effect, samples as the frontier does.
   twins = [(1.0, 1.0, (9,)), (1.0, 1.1, (9,))]
