@@ -182,7 +182,9 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     "eval": evaluate.run,
     "sweep": evaluate.sweep,
     "calibrate": calibrate.run,
-    "plan": functools.partial(planning.run, evaluated=EVALUATE.value),
+    "plan": functools.partial(
+      planning.run, evaluated=EVALUATE.value, words=sys.argv[1:]
+    ),
     "score": functools.partial(score.run, source=SOURCE.value),
     "statistics": functools.partial(
       score.run_statistics, source=SOURCE.value, target=TARGET.value

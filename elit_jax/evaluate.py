@@ -74,7 +74,11 @@ LEAVING = "termination signal: leaving, run again for the rest"
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-  """What an evaluation is made with: a checkpoint's model and its instruments."""
+  """What an evaluation is made with: a checkpoint's model and its instruments.
+
+  rows: what is evaluated, where that hangs on the config alone. meter: of the rows that
+  reuse evaluations, if any do.
+  """
 
   config: Config
   model: spec.Model
@@ -82,27 +86,46 @@ class Bench:
   step: int
   params: Any
   view: View
+  rows: Sequence[Row] = ()
+  meter: caching.Meter | None = None
 
 
-def set_up(config: Config, workdir: pathlib.Path) -> Bench:
-  """The newest checkpoint of a workdir, and what its samples are measured with."""
+def set_up(
+  config: Config,
+  workdir: pathlib.Path,
+  rows_of: Callable[[Config, spec.Model], Sequence[Row]],
+) -> Bench:
+  """The newest checkpoint of a workdir, its rows, and what these are measured with.
+
+  ConfigError for rows that need a calibration which is not there, before instruments
+  look at a picture.
+  """
   config, model, mesh, step, params = sample.newest(config, workdir)
+  rows = rows_of(config, model)
+  plans = [row.plan for row in rows]
+  meter = calibration.meter_for(plans, workdir, config, step, params)
+  view = view_of(config, mesh)
+  return Bench(config, model, mesh, step, params, view, rows, meter)
+
+
+def view_of(config: Config, mesh: Mesh) -> View:
+  """Decoder and instruments of a config that is `as_trained`; ConfigError for what they
+  lack. The reference may be made here, of all training images.
+  """
   decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
   shape = decoder.shape if decoder else config.data.shape
   source = functools.partial(train.open_source, config)
   instruments = measure.instruments(config, mesh, shape, source)
   if instruments:
     distributed.together(functools.partial(instruments.check, config.eval.count))
-  return Bench(config, model, mesh, step, params, View(decoder, instruments))
+  return View(decoder, instruments)
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=eval`: samples, losses, prices and pictures of the newest checkpoint."""
   held_out = distributed.together(lambda: open_held_out(config))
-  bench = set_up(config, workdir)
-  config, model = bench.config, bench.model
-  rows = rows_lib.report_rows(config, model)
-  meter = meter_of(bench, workdir, rows)
+  bench = set_up(config, workdir, rows_lib.report_rows)
+  config, model, rows = bench.config, bench.model, bench.rows
   folder = begin(bench, workdir / "report")
   seconds = {}
   start = time.monotonic()
@@ -112,7 +135,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   jobs: dict[Any, Callable] = {
     b: functools.partial(compile_loss, config, model, b, bench.mesh) for b in budgets
   }
-  made = sample.from_config(config, model, bench.mesh, meter=meter)
+  made = sample.from_config(config, model, bench.mesh, meter=bench.meter)
   jobs |= made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   if programs is None:
@@ -195,12 +218,10 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   """`--mode=sweep`: cost, pictures and, with `eval.metrics`, quality of budgets, steps,
   guidance scales, reuse and schedules over noise levels, as a page.
   """
-  bench = set_up(config, workdir)
-  config, model = bench.config, bench.model
-  rows = rows_lib.sweep_rows(config, model)
-  meter = meter_of(bench, workdir, rows)
+  bench = set_up(config, workdir, rows_lib.sweep_rows)
+  config, model, rows = bench.config, bench.model, bench.rows
   folder = begin(bench, workdir / "sweep")
-  made = sample.from_config(config, model, bench.mesh, meter=meter)
+  made = sample.from_config(config, model, bench.mesh, meter=bench.meter)
   jobs = made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   columns, shown = rows_lib.shown_samples(config), {}
@@ -227,14 +248,6 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
     logging.info("sweep in %s", workdir / "sweep")
 
   distributed.on_leader(finish)
-
-
-def meter_of(
-  bench: Bench, workdir: pathlib.Path, rows: Sequence[Row]
-) -> caching.Meter | None:
-  """Of the rows that reuse evaluations, if any do: see `calibration.meter_for`."""
-  plans = [row.plan for row in rows]
-  return calibration.meter_for(plans, workdir, bench.config, bench.step, bench.params)
 
 
 def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:

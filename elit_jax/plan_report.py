@@ -2,8 +2,8 @@
 
 A report is a dict: "plans" are the rows of the frontier, keys of `COLUMNS`, one of them
 "recommended"; "usual" is the plan that is sampled by without a search; "price" is "ms"
-or "flops"; "measured", where quality was measured, are some of the rows with "metrics",
-"measured_ms" and "pareto".
+or "flops"; "measured", where quality was measured, are some of the rows, and some that
+are not of the "frontier", with "metrics", "measured_ms" and "pareto".
 """
 
 import csv
@@ -32,6 +32,18 @@ COLUMNS = {
   "ms": "ms",
   "predicted": "predicted error",
 }
+
+
+# What was measured in the picture, by whether it is of the predicted frontier.
+MARKS = {True: ("of the frontier", None), False: ("others", "white")}
+# Of what was measured, beside the metric.
+MEASURED_COLUMNS = (
+  "plan",
+  "predicted error",
+  "GFLOPs",
+  "ms measured",
+  "on the frontier",
+)
 
 
 class Tried(NamedTuple):
@@ -70,7 +82,7 @@ def said(report: Mapping[str, Any]) -> str:
 def said_measured(report: Mapping[str, Any]) -> str:
   """What was measured, for a terminal."""
   metric = report["metric"]
-  lines = [["plan", "predicted error", metric, "GFLOPs", "ms measured"]]
+  lines = [[*MEASURED_COLUMNS[:2], metric, *MEASURED_COLUMNS[2:]]]
   lines += [
     [
       ("* " if row["pareto"] else "  ") + row["plan"],
@@ -78,14 +90,16 @@ def said_measured(report: Mapping[str, Any]) -> str:
       protocol.figure(row["metrics"][metric]),
       f"{row['gflops']:.4g}",
       _cell(row, "measured_ms"),
+      _yes(row["frontier"]),
     ]
     for row in report["measured"]
   ]
   return "\n".join(
     [
-      "plans marked * are measured to be beaten by none",
+      "plans marked * are measured to be beaten by none of these, errors aside",
       *plan_table.aligned(lines),
       _correlation(report),
+      _pairs(report),
     ]
   )
 
@@ -101,6 +115,28 @@ def _correlation(report: Mapping[str, Any]) -> str:
   )
 
 
+def _pairs(report: Mapping[str, Any]) -> str:
+  """How often prediction tells the better of two plans that cost alike."""
+  pairs = report["pairs"]
+  if not pairs["count"]:
+    return "no plan of the frontier was measured beside another of like price"
+  said = (
+    f"pairs of like price, one of the frontier and one not: {pairs['in_order']} of "
+    f"{pairs['count']} ({pairs['in_order'] / pairs['count']:.0%}) are measured in the "
+    "predicted order; "
+  )
+  if pairs["clear"] is None:
+    return said + "without standard errors, none can be told from noise"
+  return said + (
+    f"{pairs['clear']} differ by more than two standard errors, "
+    f"{pairs['clear_in_order']} of them in that order"
+  )
+
+
+def _yes(value: bool) -> str:
+  return "yes" if value else "no"
+
+
 def write(folder: pathlib.Path, tried: Tried, report: Mapping[str, Any]) -> None:
   """plans.json, plans.csv, plan.md and plans.png; each whole or not at all."""
   with files.atomic(folder / "plans.json") as partial:
@@ -113,14 +149,15 @@ def write(folder: pathlib.Path, tried: Tried, report: Mapping[str, Any]) -> None
 
 
 def write_csv(path: pathlib.Path, report: Mapping[str, Any]) -> None:
-  """A line a plan; what was not measured is left empty."""
+  """A line a plan: the frontier, and what else was measured. What was not is empty."""
   measured = {row["plan"]: row for row in report.get("measured", ())}
-  names = [*COLUMNS, "recommended"]
+  names = [*COLUMNS, "recommended", "frontier"]
   more = [report["metric"], "measured_ms", "pareto"] if measured else []
+  others = [row for row in measured.values() if not row["frontier"]]
   with files.atomic(path) as partial, partial.open("w", encoding="utf-8") as file:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*names, *more])
-    for row in report["plans"]:
+    for row in [*report["plans"], *others]:
       cells = [row[name] for name in names]
       if found := measured.get(row["plan"]):
         value = found["metrics"][report["metric"]]["value"]
@@ -156,7 +193,11 @@ def markdown(report: Mapping[str, Any]) -> str:
     f"`{usual['plan']}` without a search: {_cell(usual, 'gflops')} GFLOPs, "
     f"{_cell(usual, 'ms')} ms, predicted error {_cell(usual, 'predicted')}.",
     "",
-    f"Recommended: `{report['command']}`",
+    f"Recommended: `{report['recommended']}`.",
+    "",
+    "```",
+    report["command"],
+    "```",
   ]
   if report["latency_error"] is not None:
     error = 100 * report["latency_error"]
@@ -169,10 +210,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += [
       "",
       f"Measured ({metric} of {report['measured'][0]['samples']:,} samples; what no "
-      "other beats is bold):",
+      "other beats is bold, errors aside):",
       "",
       *_markdown_table(
-        ["plan", "predicted error", metric, "GFLOPs", "ms"],
+        [*MEASURED_COLUMNS[:2], metric, *MEASURED_COLUMNS[2:]],
         [
           [
             f"**`{row['plan']}`**" if row["pareto"] else f"`{row['plan']}`",
@@ -180,12 +221,13 @@ def markdown(report: Mapping[str, Any]) -> str:
             protocol.figure(row["metrics"][metric]),
             f"{row['gflops']:.4g}",
             _cell(row, "measured_ms"),
+            _yes(row["frontier"]),
           ]
           for row in report["measured"]
         ],
       ),
       "",
-      f"{_correlation(report)}.",
+      f"{_correlation(report)}; {_pairs(report)}.",
     ]
   return "\n".join(["![](plans.png)", "", *lines]) + "\n"
 
@@ -222,6 +264,7 @@ def _draw_predicted(axes: Axes, tried: Tried, report: Mapping[str, Any]) -> None
     [row[key] for row in rows],
     [row["predicted"] for row in rows],
     **{"color": drawing.PLAIN_COLOUR, "marker": "o", "markersize": 4},
+    drawstyle="steps-post",  # between two plans the cheaper one is what can be had
     label="frontier",
   )
   usual = report["usual"]
@@ -239,10 +282,11 @@ def _draw_predicted(axes: Axes, tried: Tried, report: Mapping[str, Any]) -> None
   if report["limit"] is not None:
     axes.axvline(report["limit"], color="0.3", linestyle="--", linewidth=1)
     axes.annotate(
-      f" {report['target']}",
+      f"{report['target']} ",
       (report["limit"], 0.97),
       xycoords=("data", "axes fraction"),
       va="top",
+      ha="right",
     )
   drawing.scale_cost(axes, price.tolist())
   if excess.min() > 0 and excess.max() > 10 * excess.min():
@@ -257,22 +301,27 @@ def _draw_predicted(axes: Axes, tried: Tried, report: Mapping[str, Any]) -> None
 def _draw_measured(axes: Axes, report: Mapping[str, Any]) -> None:
   metric, rows = report["metric"], report["measured"]
   key = "measured_ms" if report["price"] == "ms" else "gflops"
-  axes.errorbar(
-    [row[key] for row in rows],
-    [row["metrics"][metric]["value"] for row in rows],
-    [row["metrics"][metric].get("standard_error") or 0 for row in rows],
-    fmt="o",
-    color="0.6",
-    capsize=2,
-    zorder=1,
-    label="measured",
-  )
+  for of_frontier, (name, fill) in MARKS.items():
+    some = [row for row in rows if row["frontier"] == of_frontier]
+    if not some:
+      continue
+    axes.errorbar(
+      [row[key] for row in some],
+      [row["metrics"][metric]["value"] for row in some],
+      [row["metrics"][metric].get("standard_error") or 0 for row in some],
+      fmt="o",
+      color=drawing.PLAIN_COLOUR if of_frontier else "0.45",
+      markerfacecolor=fill,
+      capsize=2,
+      zorder=3,
+      label=name,
+    )
   front = sorted((row for row in rows if row["pareto"]), key=lambda row: row[key])
   axes.plot(
     [row[key] for row in front],
     [row["metrics"][metric]["value"] for row in front],
-    **{"color": drawing.PLAIN_COLOUR, "marker": "o", "zorder": 3},
-    label="beaten by none",
+    **{"color": drawing.ORANGE, "zorder": 2, "drawstyle": "steps-post"},
+    label="beaten by none, errors aside",
   )
   drawing.scale_cost(axes, [row[key] for row in rows])
   axes.set_xlabel(f"{UNITS[report['price']][0]} an image")

@@ -6,8 +6,11 @@ measured. The results are in <workdir>/plan and <workdir>/plan_evaluated.
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +23,7 @@ from elit_jax import (
   calibration,
   distributed,
   evaluate,
+  files,
   latency,
   plan_report,
   plan_table,
@@ -38,8 +42,22 @@ from elit_jax.models import spec
 from elit_jax.sampling import grammar, search
 from elit_jax.sampling.caching import Meter
 from elit_jax.sampling.cost import phase_costs
+from elit_jax.sampling.plan import Plan
 
-MEASURED = 12  # plans whose quality is measured, at most
+MEASURED = 8  # plans of the frontier whose quality is measured, at most
+BEATEN = 4  # plans that it beats, measured beside them, at most
+LIKE = 0.1  # by what share of it a price may differ from one that is like it
+CLEAR = 2.0  # standard errors, beyond which measured values differ
+
+# A word of a command line that begins a flag: of what, and with which value.
+FLAG = re.compile(r"--?(no(?=config\.))?([\w.]+)(?:=(.*))?", re.DOTALL)
+# Leaves that a plan says itself, or that sampling does not read; a prefix counts.
+UNREAD = (
+  *("config.plan", "config.eval", "config.sample.plan", "config.sample.reuse"),
+  *("config.sample.steps", "config.sample.budgets", "config.guidance.scale"),
+  *("config.guidance.label", "config.guidance.budget"),
+  *("config.guidance.low", "config.guidance.high"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,37 +229,56 @@ def rows_of(
   config: Config, made: sample.Sampler, listed: Listing, table: latency.Table | None
 ) -> list[dict[str, Any]]:
   """The frontier as rows, exact to the FLOP."""
+  return [
+    row_of(config, made, listed.found, index, table)
+    | {"recommended": index == listed.recommended, "frontier": True}
+    for index in map(int, listed.front)
+  ]
+
+
+def row_of(
+  config: Config,
+  made: sample.Sampler,
+  found: search.Found,
+  index: int,
+  table: latency.Table | None,
+) -> dict[str, Any]:
+  """A plan as a row, exact to the FLOP; said to be neither recommended nor frontier."""
   tokens = functools.partial(spec.core_tokens, made.model, config.data.shape)
   parts = sample.prices(config, made.model)
-  rows = []
-  for index in map(int, listed.front):
-    plan = listed.found.plan(index)
-    decided = made.decide(plan)
-    costs = phase_costs(decided, made.stepper, made.process, parts)
-    tariff = table.tariff() if table else None
-    whole = plan_table.total(plan_table.phase_rows(decided, costs, tokens, tariff))
-    rows.append(
-      {
-        "plan": grammar.written(plan),
-        "steps": whole["steps"],
-        "tokens": whole["tokens"],
-        "strong": whole["strong"],
-        "weak": whole["weak"],
-        "reused": whole["reused"],
-        "gflops": whole["flops"] / 1e9,
-        "ms": whole["ms"],
-        "predicted": float(listed.found.excess[index]),
-        "recommended": index == listed.recommended,
-      }
-    )
-  return rows
+  plan = found.plan(index)
+  decided = made.decide(plan)
+  costs = phase_costs(decided, made.stepper, made.process, parts)
+  tariff = table.tariff() if table else None
+  whole = plan_table.total(plan_table.phase_rows(decided, costs, tokens, tariff))
+  return {
+    "plan": grammar.written(plan),
+    "steps": whole["steps"],
+    "tokens": whole["tokens"],
+    "strong": whole["strong"],
+    "weak": whole["weak"],
+    "reused": whole["reused"],
+    "gflops": whole["flops"] / 1e9,
+    "ms": whole["ms"],
+    "predicted": float(found.excess[index]),
+    "recommended": False,
+    "frontier": False,
+  }
 
 
 # --- the mode -------------------------------------------------------------------------
 
 
-def run(config: Config, workdir: pathlib.Path, evaluated: bool = False) -> None:
-  """`--mode=plan`: lists plans, recommends one; `evaluated`: measures their quality."""
+def run(
+  config: Config,
+  workdir: pathlib.Path,
+  evaluated: bool = False,
+  words: Sequence[str] = (),
+) -> None:
+  """`--mode=plan`: lists plans, recommends one; `evaluated`: measures their quality.
+
+  words: of the command line that asks for it.
+  """
   target = search.target(config.plan.target)
   if evaluated and not config.eval.metrics:
     raise ConfigError(
@@ -250,9 +287,13 @@ def run(config: Config, workdir: pathlib.Path, evaluated: bool = False) -> None:
     )
   config, model, mesh, step, params = sample.newest(config, workdir)
   known = distributed.together(lambda: calibration.load(workdir, config, step))
+  space = space_of(config, model, known)
+  bench = None
+  if evaluated:  # what it lacks is said before anything is measured or written
+    view = evaluate.view_of(config, mesh)
+    bench = evaluate.Bench(config, model, mesh, step, params, view)
   meter = search.remembered(known.meter(model, params))
   made = sample.from_config(config, model, mesh, meter=meter)
-  space = space_of(config, model, known)
   table = latencies(
     config,
     workdir,
@@ -269,13 +310,13 @@ def run(config: Config, workdir: pathlib.Path, evaluated: bool = False) -> None:
   rows = rows_of(config, made, listed, table)
   folder = workdir / "plan"
   distributed.open_folder(folder)
-  report = report_of(config, listed, rows, step, table)
+  report = report_of(config, listed, rows, step, table, words)
   distributed.on_leader(
     functools.partial(plan_report.write, folder, listed.tried, report)
   )
   logging.info("%s", plan_report.said(report))
-  if evaluated:
-    measure(config, workdir, made, listed, report)
+  if bench:
+    measure(bench, workdir, made, listed, table, report)
 
 
 def latencies(
@@ -337,19 +378,21 @@ def what_is_known(
 
 
 def measure(
-  config: Config,
+  bench: evaluate.Bench,
   workdir: pathlib.Path,
   made: sample.Sampler,
   listed: Listing,
+  priced_by: latency.Table | None,
   report: dict[str, Any],
 ) -> None:
-  """Quality of some plans of the frontier, evenly spread, both ends among them."""
-  bench = evaluate.set_up(config, workdir)
+  """Quality of some plans of the frontier, evenly spread, both ends among them; of some
+  that it beats; and of the usual one.
+  """
+  config = bench.config
   folder = evaluate.begin(bench, workdir / "plan_evaluated")
-  chosen = spread(len(listed.front), MEASURED)
+  chosen = chosen_rows(config, made, listed, priced_by, report)
   rows = [
-    rows_lib.Row(row["plan"], "plan", listed.found.plan(int(index)), config.eval.count)
-    for row, index in ((report["plans"][i], listed.front[i]) for i in chosen)
+    rows_lib.Row(row["plan"], "plan", plan, config.eval.count) for row, plan in chosen
   ]
   jobs = made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
@@ -361,13 +404,70 @@ def measure(
     return
 
   def finish() -> None:
-    found = compared(report, [report["plans"][i] for i in chosen], table, config)
+    found = compared(report, [row for row, _ in chosen], table, config)
     plan_report.write(folder, listed.tried, found)
     evaluate.replace(folder, workdir / "plan_evaluated")
     logging.info("%s", plan_report.said_measured(found))
     logging.info("measured plans in %s", workdir / "plan_evaluated")
 
   distributed.on_leader(finish)
+
+
+def chosen_rows(
+  config: Config,
+  made: sample.Sampler,
+  listed: Listing,
+  table: latency.Table | None,
+  report: Mapping[str, Any],
+) -> list[tuple[dict[str, Any], Plan]]:
+  """The plans to be measured as rows of a report, the cheapest first.
+
+  The usual plan is among them, unless it is of the frontier.
+  """
+  places = spread(len(listed.front), MEASURED)
+  front = [
+    (report["plans"][i], listed.found.plan(int(listed.front[i]))) for i in places
+  ]
+  others = [
+    (listed.found, row)
+    for row in beaten(listed.price, listed.found, listed.front[places])
+  ]
+  usual = len(listed.usual.flops) - 1
+  plan = listed.usual.plan(usual)
+  if plan not in {listed.found.plan(int(row)) for row in listed.front}:
+    others = [(f, row) for f, row in others if f.plan(row) != plan]
+    others.append((listed.usual, usual))
+  rest = [(row_of(config, made, f, row, table), f.plan(row)) for f, row in others]
+  return sorted([*front, *rest], key=lambda pair: pair[0][report_key(listed.kind)])
+
+
+def beaten(
+  price: np.ndarray, found: search.Found, front: np.ndarray, most: int = BEATEN
+) -> list[int]:
+  """Rows that rows of a frontier beat at a like price, one for each of at most so many.
+
+  The one for a row costs no less, and up to `LIKE` more; of all such it has the median
+  of predicted error, the lower one of two. None samples as a plan that nothing beats,
+  or as another of them.
+  """
+  chosen: list[int] = []
+  best = search.frontier(price, found.excess)
+  seen = {made_by(found, row) for row in map(int, (*best, *front))}
+  for row in map(int, front):
+    ratio = price / price[row]
+    worse = (ratio >= 1) & (ratio <= 1 + LIKE) & (found.excess > found.excess[row])
+    rows = [i for i in map(int, np.flatnonzero(worse)) if made_by(found, i) not in seen]
+    if rows:
+      rows.sort(key=lambda i: found.excess[i])
+      chosen.append(rows[(len(rows) - 1) // 2])
+      seen.add(made_by(found, chosen[-1]))
+  return [chosen[i] for i in spread(len(chosen), most)] if chosen else []
+
+
+def made_by(found: search.Found, row: int) -> tuple[Any, ...]:
+  """What two plans share that differ in a threshold, and yet reuse alike."""
+  block = found.blocks[found.block[row]]
+  return block.phases, block.guidance, int(found.place[row]), float(found.flops[row])
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -377,21 +477,27 @@ def spread(count: int, most: int) -> list[int]:
   ]
 
 
+def report_key(price: str) -> str:
+  """What a plan's row calls a price: of kind "ms" or "flops"."""
+  return plan_report.UNITS[price][1]
+
+
 def compared(
   report: Mapping[str, Any],
   planned: Sequence[Mapping[str, Any]],
   table: Sequence[Mapping[str, Any]],
   config: Config,
 ) -> dict[str, Any]:
-  """The report with what was measured of some of its plans, which of these nothing
-  beats, and how prediction ranks them.
+  """The report with what was measured of these plans, which of them nothing beats, and
+  how prediction ranks them: all, and pairs of like price.
   """
   metric = config.eval.metrics[0]
   sign = -1 if metrics.METRICS[metric].better == "higher" else 1
   key = "ms_per_image" if report["price"] == "ms" else "gflops_per_image"
-  values = [row["metrics"][metric]["value"] for row in table]
+  values = [sign * row["metrics"][metric]["value"] for row in table]
+  errors = [row["metrics"][metric].get("standard_error") for row in table]
   price = np.array([row[key] for row in table], np.float64)
-  front = search.frontier(price, sign * np.array(values, np.float64))
+  front = search.frontier(price, np.array(values, np.float64))
   measured = [
     {
       **plan,
@@ -404,12 +510,43 @@ def compared(
     for i, (plan, row) in enumerate(zip(planned, table, strict=True))
   ]
   predicted = [row["predicted"] for row in planned]
-  correlation = search.rank_correlation(predicted, [sign * value for value in values])
   return {
     **report,
     "metric": metric,
     "measured": measured,
-    "rank_correlation": correlation,
+    "rank_correlation": search.rank_correlation(predicted, values),
+    "pairs": pairs_of_like_price(planned, values, errors, report_key(report["price"])),
+  }
+
+
+def pairs_of_like_price(
+  planned: Sequence[Mapping[str, Any]],
+  values: Sequence[float],
+  errors: Sequence[float | None],
+  key: str,
+) -> dict[str, int | None]:
+  """How prediction orders plans of the frontier and others of a like price.
+
+  values: measured, less is better; errors: of these. count: pairs; in_order: those
+  measured as predicted. clear: pairs that differ by more than `CLEAR` standard errors;
+  clear_in_order: those of them in the predicted order; None where an error is unknown.
+  """
+  ordered, clear = [], []
+  for i, j in itertools.product(range(len(planned)), repeat=2):
+    a, b = planned[i], planned[j]
+    if not a["frontier"] or b["frontier"] or abs(b[key] / a[key] - 1) > LIKE:
+      continue
+    told, seen = a["predicted"] - b["predicted"], values[i] - values[j]
+    ordered.append(told * seen > 0)
+    error = math.hypot(errors[i] or math.nan, errors[j] or math.nan)
+    clear.append(None if math.isnan(error) else abs(seen) > CLEAR * error)
+  both = [c and o for c, o in zip(clear, ordered, strict=True)]
+  known = None not in clear
+  return {
+    "count": len(ordered),
+    "in_order": sum(ordered),
+    "clear": sum(map(bool, clear)) if known else None,
+    "clear_in_order": sum(map(bool, both)) if known else None,
   }
 
 
@@ -419,8 +556,9 @@ def report_of(
   rows: Sequence[Mapping[str, Any]],
   step: int,
   table: latency.Table | None,
+  words: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """All that plans.json says."""
+  """All that plans.json says; words: as of `run`."""
   (best,) = (row for row in rows if row["recommended"])
   usual = listed.usual
   limit = listed.limit / (1.0 if listed.kind == "ms" else 1e9)
@@ -439,18 +577,49 @@ def report_of(
       "predicted": float(usual.excess[-1]),
     },
     "recommended": best["plan"],
-    "command": command(config, best["plan"]),
+    "command": command(config, best["plan"], words),
     "latency_error": table.error.get("median_relative_error") if table else None,
     "plans": list(rows),
   }
 
 
-def command(config: Config, plan: str) -> str:
-  """What samples by a plan, beside --config and --workdir.
+def command(config: Config, plan: str, words: Sequence[str] = ()) -> str:
+  """What samples by a plan, for a shell, where `words` of a command line found it.
 
-  What a plan says itself may not be said beside it.
+  Without words, what has to stand beside --config and --workdir. What a plan says
+  itself may not be said beside it.
   """
-  words = ["--mode=sample", f'--config.sample.plan="{plan}"']
-  words += ["--config.guidance.scale=1"] if config.guidance.scale != 1 else []
-  words += ["--config.sample.reuse=0"] if config.sample.reuse else []
-  return " ".join(words)
+  given = given_flags(config, words)
+  kept = [(name, value) for name, value in given if not _is_unread(name)]
+  kept += [("mode", "sample"), ("config.sample.plan", plan)]
+  # The config file may say otherwise than the words that are left out here.
+  left_out = {name for name, _ in given}
+  if config.guidance.scale != 1 or "config.guidance.scale" in left_out:
+    kept.append(("config.guidance.scale", "1"))
+  if config.sample.reuse or "config.sample.reuse" in left_out:
+    kept.append(("config.sample.reuse", "0"))
+  flags = [f"--{name}={shlex.quote(value)}" for name, value in kept]
+  return " ".join(["python main.py", *flags] if words else flags)
+
+
+def given_flags(config: Config, words: Sequence[str]) -> list[tuple[str, str]]:
+  """--config, --workdir and leaves of a command line, each with its value.
+
+  A flag may take the next word as its value, unless it is true or false.
+  """
+  leaves = files.flatten({"config": dataclasses.asdict(config)})
+  found, rest = [], iter(words)
+  for word in rest:
+    match = FLAG.fullmatch(word)
+    if match is None:
+      continue
+    no, name, value = match.groups()
+    if isinstance(leaves.get(name), bool) and value is None:
+      value = "false" if no else "true"
+    if name in ("config", "workdir", *leaves):
+      found.append((name, next(rest, "") if value is None else value))
+  return found
+
+
+def _is_unread(name: str) -> bool:
+  return any(name == leaf or name.startswith(f"{leaf}.") for leaf in UNREAD)

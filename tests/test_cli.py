@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import main
-from elit_jax import calibration, evaluate, files, logs, preemption, train
+from elit_jax import calibration, evaluate, files, logs, measure, preemption, train
 from elit_jax import config as config_lib
 from elit_jax import rows as rows_lib
 from elit_jax.budget import Budget
@@ -520,7 +520,9 @@ def test_a_sweep_in_one_command(tiny_run, workdir):
   assert not list(folder.glob("*.npz"))  # of samples nothing is kept
 
 
-def test_a_sweep_without_metrics_is_of_cost_and_pictures(tiny_run, workdir):
+def test_a_sweep_without_metrics_is_of_cost_and_pictures(
+  tiny_run, workdir, monkeypatch
+):
   more = ("--config.eval.sweep_seeds=2", "--config.eval.guidance_scale=1")
   more += ("--config.eval.sweep_steps=()", "--config.eval.sweep_scales=()")
   tiny_run("sweep", workdir, TWO, "--config.eval.metrics=()", *more)
@@ -530,8 +532,13 @@ def test_a_sweep_without_metrics_is_of_cost_and_pictures(tiny_run, workdir):
   assert all(row["ms_per_image"] > 0 and row["metrics"] == {} for row in rows)
   assert {path.name for path in folder.glob("*.png")} == {"budgets.png", "cost.png"}
   assert "nothing here on quality" in (folder / "report.md").read_text()
+  # Which is said before any picture is looked at.
+  monkeypatch.setattr(measure, "instruments", lambda *_: pytest.fail("looked"))
   with pytest.raises(ConfigError, match="--mode=calibrate"):
     tiny_run("sweep", workdir, TWO, "--config.eval.sweep_reuse=(0.1,)", *more)
+  sampled = ("--config.eval.rows=sampled", "--config.sample.reuse=0.1")
+  with pytest.raises(ConfigError, match="--mode=calibrate"):
+    tiny_run("eval", workdir, TWO, *sampled)
   assert (folder / "report.md").exists()
 
 

@@ -7,18 +7,22 @@ import pathlib
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import planned
 import pytest
+from absl.testing import flagsaver
 from digits_run import DIGITS_RUN
 
+import main
 from configs import digits
 from elit_jax import config as config_lib
-from elit_jax import latency, plan_report, planning, preemption, sample, sharding
+from elit_jax import files, latency, plan_report, planning, preemption, sample, sharding
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
+from elit_jax.sampling import search
 
 SETTINGS = {"sample.steps": 8, "plan.steps": (2, 4, 8), "plan.reuse": (0.0,)}
 
@@ -70,7 +74,9 @@ def listed_of(config: config_lib.Config, table: bool = True):
 def test_the_frontier_within_a_target_and_its_best():
   _, rows, _ = listed_of(make_config())
   assert len(rows) > 4
-  _, within, _ = listed_of(make_config(plan__target="9ms"))
+  listed, within, _ = listed_of(make_config(plan__target="9ms"))
+  excess = listed.found.excess[listed.found.ms <= 9]
+  assert listed.found.excess[listed.recommended] == excess.min()
   assert within == [
     {**row, "recommended": row is best}
     for best in [[row for row in rows if row["ms"] <= 9][-1]]
@@ -142,20 +148,119 @@ def test_plan_writes_and_says_it(run_main, workdir, caplog):
     rows = list(csv.DictReader(file))
   assert [row["plan"] for row in rows] == [row["plan"] for row in report["plans"]]
   page = (workdir / "plan/plan.md").read_text()
-  command = f'--mode=sample --config.sample.plan="{report["recommended"]}"'
-  assert report["command"] == command
-  assert command in page and command in caplog.text
+  words = shlex.split(report["command"])
+  assert words[-2:] == [
+    "--mode=sample",
+    f"--config.sample.plan={report['recommended']}",
+  ]
+  assert report["command"] in page and report["command"] in caplog.text
   assert (workdir / "plan/plans.png").read_bytes().startswith(b"\x89PNG")
 
 
+GIVEN = (
+  "--config.sample.solver=heun",
+  *("--config.sample.shift", "1.5"),
+  "--config.guidance.way=calls",
+  "--config.guidance.channels=three",
+  "--config.sample.classes=3,1",
+  *("--config.model.qk_norm", "--config.seed", "7"),
+)
+SAID_BY_THE_PLAN = ("--config.guidance.scale=2.0", "--config.guidance.budget=k1")
+
+
 def test_the_command_that_it_says_is_one(run_main, workdir):
-  guided = ("--config.guidance.scale=2.0", "--config.guidance.budget=k1")
-  run_main(*arguments(workdir), *guided, "--config.plan.target=9ms")
+  run_main(*arguments(workdir), *SAID_BY_THE_PLAN, "--config.plan.target=9ms")
   report = json.loads((workdir / "plan/plans.json").read_text())
   words = shlex.split(report["command"])
-  assert "cfg 2" in report["recommended"]
-  run_main(*DIGITS_RUN, *guided, f"--workdir={workdir}", *words)
+  assert words[:2] == ["python", "main.py"] and "cfg 2" in report["recommended"]
+  run_main(*words[2:])
   assert list((workdir / "samples").glob("*/000000.npz"))
+
+
+def parsed(words: Sequence[str]) -> config_lib.Config:
+  """What main.py makes of these words."""
+  with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, "argv", ["main.py", *words])
+    assert main.checked_flags(sys.argv) == ["main.py"]
+    return config_lib.resolve(main.CONFIG.value)
+
+
+@pytest.mark.parametrize(
+  "file_says", [{}, {"sample.reuse": 0.1, "guidance.scale": 3.0}]
+)
+def test_the_command_samples_as_the_run_was_planned(run_main, tmp_path, file_says):
+  """But for what the plan says, and what sampling does not read."""
+  del run_main  # which has all flags defined
+  file = tmp_path / "own file.py"
+  file.write_text(
+    "from configs import digits\n"
+    "def get_config():\n"
+    "  config = digits.get_config()\n"
+    f"  config.update_from_flattened_dict({file_says!r})\n"
+    "  return config\n"
+  )
+  words = (
+    f"--config={file}",
+    *("--workdir", "~/runs/a b", "--evaluate", "--mode", "plan"),
+    *GIVEN,
+    *SAID_BY_THE_PLAN,
+    *("--config.guidance.low=0.1", "--config.guidance.high=0.9"),
+    *("--config.guidance.label=same", "--config.sample.steps", "8"),
+    *("--config.sample.budgets=('k2','k4')", "--config.sample.reuse=0.2"),
+    *("--config.plan.target=50%", "--config.plan.steps=(2,4)"),
+    *("--config.eval.metrics=('is',)", "--config.eval.count=16"),
+  )
+  asked = parsed(words)
+  plan = "3@k1 5@k4, ccfg 2@k1 in [0.1, 0.9], teacache 0.1"
+  text = planning.command(asked, plan, words)
+  said = shlex.split(text)
+  assert said[:4] == ["python", "main.py", words[0], "--workdir=~/runs/a b"]
+  assert [word.partition("=")[0].removeprefix("--config.") for word in said[4:]] == [
+    *("sample.solver", "sample.shift", "guidance.way", "guidance.channels"),
+    *("sample.classes", "model.qk_norm", "seed"),
+    *("--mode", "sample.plan", "guidance.scale", "sample.reuse"),
+  ]
+  found = parsed(said[2:])
+  assert found.sample.plan == plan
+  mine, run = (files.flatten(config_lib.to_json(x)) for x in (found, asked))
+  assert (mine["sample.solver"], mine["sample.shift"], mine["seed"]) == (
+    "heun",
+    "1.5",
+    7,
+  )
+  differ = {name for name in run if run[name] != mine[name]}
+  assert {"sample.plan", "guidance.scale", "sample.reuse", "eval.count"} <= differ
+  allowed = {"plan", "eval", "sample.plan", "sample.reuse", "sample.steps"}
+  allowed |= {"sample.budgets"}
+  allowed |= {
+    f"guidance.{leaf}" for leaf in ("scale", "label", "budget", "low", "high")
+  }
+  assert {
+    n for n in differ if n not in allowed and n.split(".")[0] not in allowed
+  } == set()
+
+
+def test_the_command_takes_back_what_the_config_file_says(run_main, tmp_path):
+  del run_main
+  file = tmp_path / "own.py"
+  file.write_text(
+    "from configs import digits\n"
+    "def get_config():\n"
+    "  config = digits.get_config()\n"
+    "  config.guidance.scale, config.sample.reuse = 3.0, 0.1\n"
+    "  return config\n"
+  )
+  words = [f"--config={file}", "--config.guidance.scale=1", "--config.sample.reuse=0"]
+  said = shlex.split(planning.command(parsed(words), "8@k4", words))
+  assert parsed(said[2:]).sample.plan == "8@k4"  # which refuses these beside it
+
+
+def test_without_a_command_line_the_command_is_what_is_added():
+  assert planning.command(make_config(), "4@k1 4@k4") == (
+    "--mode=sample --config.sample.plan='4@k1 4@k4'"
+  )
+  guided = planning.command(make_config(guidance__scale=2.0), "8@k4")
+  assert guided.endswith("--config.guidance.scale=1")
 
 
 def arguments(workdir: pathlib.Path) -> tuple[str, ...]:
@@ -200,15 +305,22 @@ def test_quality_is_measured_and_compared(run_main, workdir):
   run_main(*arguments_of_eval)
   report = json.loads((workdir / "plan_evaluated/plans.json").read_text())
   rows = report["measured"]
-  assert len(rows) == min(planning.MEASURED, len(report["plans"])) >= 3
-  assert [rows[0]["plan"], rows[-1]["plan"]] == [
-    report["plans"][i]["plan"] for i in (0, -1)
-  ]
+  front = [row["plan"] for row in rows if row["frontier"]]
+  assert len(front) == min(planning.MEASURED, len(report["plans"])) >= 3
+  assert [front[0], front[-1]] == [report["plans"][i]["plan"] for i in (0, -1)]
+  others = [row["plan"] for row in rows if not row["frontier"]]
+  assert 1 <= len(others) <= planning.BEATEN + 1
+  assert not {*others} & {row["plan"] for row in report["plans"]}
   assert all(row["samples"] == 16 and row["measured_ms"] > 0 for row in rows)
   # A model of one step predicts nothing: all its samples are alike.
   assert report["rank_correlation"] is None and any(row["pareto"] for row in rows)
   page = (workdir / "plan_evaluated/plan.md").read_text()
   assert "no rank correlation" in page and "Measured (is of 16 samples" in page
+  with (workdir / "plan_evaluated/plans.csv").open(newline="") as file:
+    lines = {row["plan"]: row for row in csv.DictReader(file)}
+  assert {*lines} == {*others, *(row["plan"] for row in report["plans"])}
+  assert {lines[plan]["frontier"] for plan in others} == {"False"}
+  assert all(lines[row["plan"]]["is"] for row in rows)
   assert not (workdir / "plan_evaluated.partial").exists()
 
 
@@ -217,8 +329,8 @@ def compared(better: str, values: list[float], **changes) -> dict:
   config = make_config(eval__metrics=(better,), eval__features=("toy:load",))
   count = len(values)
   planned_rows = [
-    {"plan": f"{i}@k4", "predicted": 1 / (1 + i), "gflops": i, "ms": i}
-    for i in range(count)
+    {"plan": f"{i}@k4", "predicted": 1 / i, "gflops": i, "ms": i, "frontier": True}
+    for i in range(1, count + 1)
   ]
   table = [
     {
@@ -244,6 +356,111 @@ def test_prediction_is_compared_with_measurement():
   # By what was counted where the target counts.
   found = compared("fid", [9.0, 5.0, 6.0, 3.0], price="flops")
   assert [row["pareto"] for row in found["measured"]] == [False, False, False, True]
+
+
+def pair_rows() -> list[dict]:
+  """Two plans of the frontier, each beside another of like price, and one far away."""
+  rows = [(10, 0.5, True), (10.9, 0.8, False), (20, 0.1, True), (19, 0.2, False)]
+  rows += [(14, 0.9, False)]
+  return [
+    {"ms": ms, "gflops": 1.0, "predicted": told, "frontier": front}
+    for ms, told, front in rows
+  ]
+
+
+@pytest.mark.parametrize(
+  ("values", "errors", "expected"),
+  [
+    ([5, 9, 1, 2, 0], [1.0] * 5, (2, 2, 1, 1)),  # the second by one error only
+    ([9, 5, 1, 2, 0], [1.0] * 5, (2, 1, 1, 0)),
+    ([9, 9, 1, 2, 0], [0.1] * 5, (2, 1, 1, 1)),
+    ([5, 9, 1, 2, 0], [1.0, None, 1.0, 1.0, 1.0], (2, 2, None, None)),
+  ],
+)
+def test_pairs_of_like_price_are_compared(values, errors, expected):
+  found = planning.pairs_of_like_price(pair_rows(), values, errors, "ms")
+  names = ("count", "in_order", "clear", "clear_in_order")
+  assert tuple(found[name] for name in names) == expected
+  # All cost alike: two of the frontier beside three others.
+  assert (
+    planning.pairs_of_like_price(pair_rows(), values, errors, "gflops")["count"] == 6
+  )
+
+
+def tried(*rows: tuple[float, float, tuple[int, ...]]) -> tuple:
+  """Price, and plans of so much (price, predicted error, steps of phases)."""
+  price, excess, phases = zip(*rows, strict=True)
+  blocks = tuple(search.Block(steps, None, None) for steps in phases)
+  count, column = len(rows), np.array(price)
+  found = search.Found(
+    (Budget(1),),
+    blocks,
+    np.arange(count),
+    np.zeros(count, int),
+    *(column, column, np.array(excess)),
+  )
+  return column, found
+
+
+def test_what_the_frontier_beats_is_measured_at_a_like_price():
+  listed, *_ = listed_of(make_config(plan__reuse=(0.1, 0.3)))
+  price, excess = listed.price, listed.found.excess
+  chosen = planning.beaten(price, listed.found, listed.front)
+  assert 2 <= len(chosen) == len({*chosen}) <= planning.BEATEN
+  for row in chosen:
+    front = listed.front[price[listed.front] <= price[row]]
+    assert price[row] <= 1.1 * price[front[-1]] and excess[row] > excess[front[-1]]
+
+
+def test_the_plan_that_the_frontier_beats_is_the_median_of_its_price():
+  # Neither hardly worse nor far worse; neither dearer by a fifth nor cheaper.
+  rows = [(1.0, 1.0, (9,)), (1.05, 1.1, (8,)), (1.0, 2.0, (7,)), (1.1, 9.0, (6,))]
+  rows += [(1.2, 1.9, (5,)), (0.95, 1.8, (4,)), (1.08, 0.5, (3,)), (1.09, 0.6, (2,))]
+  assert planning.beaten(*tried(*rows), np.array([0])) == [2]
+  # What differs in a threshold alone, to no effect, samples as the frontier does.
+  twins = [(1.0, 1.0, (9,)), (1.0, 1.1, (9,))]
+  assert planning.beaten(*tried(*twins), np.array([0])) == []
+  assert planning.beaten(*tried(*twins, rows[2]), np.array([0])) == [2]
+  between = [(1.0, 3.0, (9,)), (1.05, 2.0, (8,)), (1.05, 3.5, (8,)), (1.0, 4.0, (7,))]
+  assert planning.beaten(*tried(*between), np.array([0])) == [3]
+  # None is there twice, and at most so many, both ends among them.
+  near = [(1.0, 3.0, (1,)), (1.01, 2.0, (2,)), (1.02, 4.0, (3,))]
+  assert planning.beaten(*tried(*near), np.array([0, 1])) == [2]
+  many = [(2.0**i, 9.0 - i, (1 + i,)) for i in range(8)]
+  many += [(2.0**i, 99.0, (20 + i,)) for i in range(8)]
+  assert planning.beaten(*tried(*many), np.arange(8)) == [8, 10, 13, 15]
+
+
+def test_the_usual_plan_is_measured_where_the_frontier_has_it_not():
+  config = make_config(plan__target="50%")
+  listed, rows, made = listed_of(config)
+  table = made_table(config, made.mesh)
+  report = planning.report_of(config, listed, rows, 1, table)
+  chosen = planning.chosen_rows(config, made, listed, table, report)
+  prices = [row["gflops"] for row, _ in chosen]
+  assert prices == sorted(prices) and len(chosen) == len({plan for _, plan in chosen})
+  (usual,) = [row for row, _ in chosen if row["plan"] == report["usual"]["plan"]]
+  assert not usual["frontier"] and usual["gflops"] == report["usual"]["gflops"]
+  # And where it is of the frontier it stands once, as that.
+  config = make_config(plan__reuse=(0.0,))
+  listed, rows, made = listed_of(config)
+  report = planning.report_of(config, listed, rows, 1, table)
+  chosen = planning.chosen_rows(config, made, listed, table, report)
+  (usual,) = [row for row, _ in chosen if row["plan"] == report["usual"]["plan"]]
+  assert usual["frontier"]
+
+
+def test_what_evaluation_lacks_is_said_before_anything_is_done(
+  run_main, workdir, monkeypatch
+):
+  monkeypatch.setattr(planning, "latencies", lambda *_, **__: pytest.fail("measured"))
+  with pytest.raises(ConfigError, match="nope.npz"):
+    run_main(
+      *arguments(workdir),
+      *("--evaluate", "--config.eval.metrics=is", "--config.eval.features=inception"),
+      "--config.eval.weights=/nope.npz",
+    )
+  assert not (workdir / "plan").exists()
 
 
 def test_what_a_signal_cut_short_goes_on(run_main, workdir, monkeypatch):
@@ -342,4 +559,5 @@ def test_a_target_line_and_all_candidates_are_drawn(tmp_path):
     listed.found.ms
   )
   assert list(lines["frontier"].get_xdata()) == [row["ms"] for row in rows]
+  assert lines["frontier"].get_drawstyle() == "steps-post"
   assert 9.0 in [line.get_xdata()[0] for line in axes.get_lines()]

@@ -472,12 +472,6 @@ def frontier(price: np.ndarray, excess: np.ndarray) -> np.ndarray:
   return order[better]
 
 
-def best(price: np.ndarray, front: np.ndarray, limit: float) -> int | None:
-  """The row of a frontier that gives most within a price; None if none is within."""
-  within = front[price[front] <= limit]
-  return int(within[-1]) if len(within) else None
-
-
 def ranks(values: Sequence[float]) -> np.ndarray:
   """Rank of each value from 0; equal ones share the mean of theirs."""
   _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)

@@ -128,15 +128,6 @@ def test_the_frontier_is_what_nothing_beats():
   assert (np.diff(price[front]) > 0).all() and (np.diff(excess[front]) < 0).all()
 
 
-def test_the_best_is_the_best_within_the_target():
-  found = run(search.Space(RISING, (5, 10, 20), 2, (CFG,), (0.0, 0.1)))
-  front = search.frontier(found.ms, found.excess)
-  for limit in (found.ms.min(), 90.0, 200.0, 1e9):
-    row = search.best(found.ms, front, limit)
-    assert found.excess[row] == found.excess[found.ms <= limit].min()
-  assert search.best(found.ms, front, found.ms.min() - 1e-6) is None
-
-
 def error_of(plan_budgets, guidance=None, **changes) -> float:
   """Predicted of one run of eight steps, which costs nothing itself."""
   changes = {"steps": {}} | changes
