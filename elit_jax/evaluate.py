@@ -43,7 +43,7 @@ from elit_jax.evaluator import Drawn, View
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 from elit_jax.rows import Row
-from elit_jax.sampling import caching
+from elit_jax.sampling import caching, schedule
 
 COLUMNS = 20  # samples of a row in the picture, at most
 SHOWN_KINDS = ("plain", "cfg", "ccfg", "autog")  # rows in the pictures of a sweep
@@ -126,7 +126,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   held_out = distributed.together(lambda: open_held_out(config))
   bench = set_up(config, workdir, rows_lib.report_rows)
   config, model, rows = bench.config, bench.model, bench.rows
-  folder = begin(bench, workdir / "report")
+  folder = begin(bench, workdir / "report", rows, bench.meter)
   seconds = {}
   start = time.monotonic()
   price = functools.partial(spec.flops, model, config.data.shape)
@@ -220,7 +220,7 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   """
   bench = set_up(config, workdir, rows_lib.sweep_rows)
   config, model, rows = bench.config, bench.model, bench.rows
-  folder = begin(bench, workdir / "sweep")
+  folder = begin(bench, workdir / "sweep", rows, bench.meter)
   made = sample.from_config(config, model, bench.mesh, meter=bench.meter)
   jobs = made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
@@ -250,10 +250,21 @@ def sweep(config: Config, workdir: pathlib.Path) -> None:
   distributed.on_leader(finish)
 
 
-def begin(bench: Bench, report: pathlib.Path) -> pathlib.Path:
-  """The folder of a report in the making; the finished one stays until it is whole."""
+def begin(
+  bench: Bench,
+  report: pathlib.Path,
+  rows: Sequence[Row],
+  meter: caching.Meter | None,
+) -> pathlib.Path:
+  """The folder of a report in the making; the finished one stays until it is whole.
+
+  What is there of rows that reuse other evaluations than now is left behind.
+  """
   folder = report.with_name(f"{report.name}.partial")
   settings = evaluator.settings(bench.config, bench.step, bench.view)
+  made = sample.from_config(bench.config, bench.model, bench.mesh, meter=meter)
+  reusing = [row for row in rows if row.threshold]
+  settings["runs"] = {row.name: schedule.runs(made.decide(row.plan)) for row in reusing}
   distributed.half_done(folder, settings, evaluator.LEAVES)
   logging.info("average %s of step %d", bench.config.sample.ema, bench.step)
   return folder

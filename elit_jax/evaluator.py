@@ -184,7 +184,7 @@ LEAVES = (
   *sample.SAMPLING_LEAVES,
   *("sample.plan", "sample.steps", "sample.reuse", "guidance"),
   *("eval.count", "eval.seed", "eval.labels", "data.shape"),
-  *("subject", "features", "outputs"),
+  *("subject", "features", "outputs", "runs"),
 )
 
 

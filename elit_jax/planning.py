@@ -389,11 +389,11 @@ def measure(
   that it beats; and of the usual one.
   """
   config = bench.config
-  folder = evaluate.begin(bench, workdir / "plan_evaluated")
   chosen = chosen_rows(config, made, listed, priced_by, report)
   rows = [
     rows_lib.Row(row["plan"], "plan", plan, config.eval.count) for row, plan in chosen
   ]
+  folder = evaluate.begin(bench, workdir / "plan_evaluated", rows, made.meter)
   jobs = made.jobs(row.plan for row in rows)
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   table = None
