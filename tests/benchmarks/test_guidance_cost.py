@@ -10,6 +10,7 @@ from elit_jax.sampling.guidance import WAYS
 TINY = ["--model=SiT-tiny/2", "--split=1,1", "--batch=8", "--pixels=64", "--rounds=1"]
 
 
+@pytest.mark.slow
 def test_every_way_has_a_line(capsys):
   guidance.main(TINY)
   _, _, *lines = capsys.readouterr().out.splitlines()
