@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from elit_jax import config as config_lib
-from elit_jax import evaluator, measure, preemption, sample, sharding
+from elit_jax import evaluate, evaluator, measure, preemption, sample, sharding
 from elit_jax import rows as rows_lib
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
@@ -200,6 +200,19 @@ def test_sampled_rows_are_named_by_their_plan():
   cached = make_config(sample__reuse=0.1, **more)
   (row,) = rows_lib.report_rows(cached, model_of(cached))
   assert (row.name, row.kind) == ("k1, TeaCache 0.1", "reuse")
+
+
+def test_half_an_evaluation_is_of_what_was_reused(tmp_path):
+  config = make_config(sample__steps=10, eval__sweep_reuse=(0.25,))
+  model, mesh = model_of(config), sharding.make_mesh()
+  rows = rows_lib.reuse_rows(config, model)
+  view = evaluator.View(None, None)
+  bench = evaluate.Bench(config, model, mesh, 7, {}, view, rows)
+  begun = evaluate.begin(bench, tmp_path / "sweep", rows, change)
+  (begun / "chunk").touch()
+  assert (evaluate.begin(bench, tmp_path / "sweep", rows, change) / "chunk").exists()
+  again = evaluate.begin(bench, tmp_path / "sweep", rows, lambda t: 2 * change(t))
+  assert again == begun and not (again / "chunk").exists()
 
 
 # --- figures --------------------------------------------------------------------------
