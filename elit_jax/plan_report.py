@@ -79,19 +79,23 @@ def said(report: Mapping[str, Any]) -> str:
   )
 
 
+def _measured_cells(row: Mapping[str, Any], metric: str) -> list[str]:
+  """What was measured of a plan, behind its name: `MEASURED_COLUMNS` and the metric."""
+  return [
+    f"{row['predicted']:.4g}",
+    protocol.figure(row["metrics"][metric]),
+    f"{row['gflops']:.4g}",
+    _cell(row, "measured_ms"),
+    _yes(row["frontier"]),
+  ]
+
+
 def said_measured(report: Mapping[str, Any]) -> str:
   """What was measured, for a terminal."""
   metric = report["metric"]
   lines = [[*MEASURED_COLUMNS[:2], metric, *MEASURED_COLUMNS[2:]]]
   lines += [
-    [
-      ("* " if row["pareto"] else "  ") + row["plan"],
-      f"{row['predicted']:.4g}",
-      protocol.figure(row["metrics"][metric]),
-      f"{row['gflops']:.4g}",
-      _cell(row, "measured_ms"),
-      _yes(row["frontier"]),
-    ]
+    [("* " if row["pareto"] else "  ") + row["plan"], *_measured_cells(row, metric)]
     for row in report["measured"]
   ]
   return "\n".join(
@@ -217,11 +221,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         [
           [
             f"**`{row['plan']}`**" if row["pareto"] else f"`{row['plan']}`",
-            f"{row['predicted']:.4g}",
-            protocol.figure(row["metrics"][metric]),
-            f"{row['gflops']:.4g}",
-            _cell(row, "measured_ms"),
-            _yes(row["frontier"]),
+            *_measured_cells(row, metric),
           ]
           for row in report["measured"]
         ],
