@@ -23,7 +23,7 @@ from elit_jax.config import Config
 from elit_jax.data.pipeline import Loader
 from elit_jax.errors import ConfigError
 from elit_jax.logs import Writer
-from elit_jax.models import denoiser, elastic, spec
+from elit_jax.models import denoiser, elastic, flops, spec
 from elit_jax.sampling.plan import Guidance, Phase
 
 LATENT_SHRINK = 8  # pixels to a latent, along each side
@@ -124,7 +124,7 @@ class Bench:
 
   def flops(self, budget: Budget) -> int:
     """Of one forward pass of the whole batch, as the model's description counts."""
-    return self.batch * spec.flops(self.model, self.config.data.shape, budget)
+    return self.batch * flops.total(self.model, self.config.data.shape, budget)
 
 
 def make_bench(config: Config) -> Bench:

@@ -16,7 +16,7 @@ from elit_jax import config as config_lib
 from elit_jax import describe, roofline, sharding, train
 from elit_jax.budget import Budget
 from elit_jax.config import Config
-from elit_jax.models import spec
+from elit_jax.models import flops, spec
 from elit_jax.nn.partition import FSDP, TENSOR
 
 Mesh = tuple[int, int, int]  # data, fsdp, tensor
@@ -77,7 +77,7 @@ def of_model(
   remat = model.compute.remat != "none"
   passes = 2 if remat else 1  # forward passes of a block in a step
   tokens = math.prod(spec.grid_of(model, shape))
-  costs = spec.costs(model, shape, budget)
+  costs = flops.costs(model, shape, budget)
   sums = chunks = modulations = saved = 0
   now = tokens
   for stage, cost in zip(model.trunk, costs[1:-1], strict=True):

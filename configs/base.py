@@ -19,7 +19,11 @@ def get_config() -> ConfigDict:
       "model": {
         "preset": "SiT-tiny/2",  # FAMILY-SIZE/PATCH, see elit_jax/models/presets.py
         "classes": 10,  # besides the null label
-        "qk_norm": False,  # LayerNorm on each head's queries and keys
+        # Of queries and keys: none | head_ln (LayerNorm) | head_rms | full_rms (over
+        # all heads); "": the family's own.
+        "qk_norm": "",
+        # sincos (a table) | rope (rotations) | both; "": the family's own.
+        "positions": "",
         "dtype": "float32",  # of matmuls; all else stays float32
         # What the backward pass keeps of a block: none (recompute nothing, keep all) |
         # dots (keep what linear layers return) | full (keep its input, recompute all).
@@ -31,6 +35,10 @@ def get_config() -> ConfigDict:
         "source": "synthetic",  # see elit_jax/data/sources.py
         "path": "",  # of shards and foreign: their folder; docs/data.md
         "shape": (8, 8, 1),  # of a sample: (*space, channels)
+        # Samples of half the size, their patches apart on an empty canvas: ELIT's
+        # experiment with four times the tokens. "" | whole (all is noised and learnt) |
+        # real (the empty places stay empty, and have no loss).
+        "spread": "",
         "vae": "",  # whose latents the samples are: sd | flux | tiny; "": none
         "dtype": "float32",  # as stored: float32 | float16 (latents) | uint8 (pixels)
       },
@@ -147,6 +155,11 @@ def get_config() -> ConfigDict:
         "sweep_scales": (),
         "sweep_reuse": (),  # thresholds of TeaCache
         "sweep_seeds": 0,  # seeds of schedules over noise levels; 0: no such rows
+      },
+      # Of --mode=inspect: what Read attends to, and what its latents are worth.
+      "inspect": {
+        "count": 64,  # held-out images
+        "levels": 8,  # noise levels, evenly in (0, 1)
       },
       # Of --mode=prepare, which makes the shards that `data` describes, in data.path.
       "prepare": {

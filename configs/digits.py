@@ -19,8 +19,13 @@ def get_config() -> ConfigDict:
       "window": (2, 4),  # tokens of a group along each axis
       "head": 1,  # blocks before Read
       "tail": 0,  # blocks after Write
+      "read": "cross",  # cross | qformer | self, see docs/maths.md
+      "read_depth": 1,
+      "write": "cross",  # cross | self
       "write_depth": 1,
+      "mlp_ratio": 1.0,  # of the MLPs of both
       "sees": "all",  # latents that Write attends to: all | kept
+      "cross": "drop",  # long skips from tokens to latents: drop | error
     }
   )
   config.data.source = "digits"

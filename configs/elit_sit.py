@@ -48,8 +48,13 @@ def get_config(arg: str = "XL/2") -> ConfigDict:
       "window": (window, window),
       "head": head,
       "tail": tail,
+      "read": "cross",
+      "read_depth": 1,
+      "write": "cross",
       "write_depth": 1,
+      "mlp_ratio": 1.0,
       "sees": "all",
+      "cross": "drop",
     }
   )
   config.budgets = tuple(f"k{j}" for j in range(1, window * window + 1))

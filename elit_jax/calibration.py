@@ -22,7 +22,7 @@ from elit_jax import config as config_lib
 from elit_jax import distributed, files, sharding
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, flops, spec
 from elit_jax.sampling import caching
 from elit_jax.sampling.caching import Polynomial
 from elit_jax.sampling.plan import Plan
@@ -98,7 +98,7 @@ def identity(config: Config, model: spec.Model, step: int) -> dict[str, Any]:
   """What the numbers hang on, by name; of a config that is `as_trained`."""
   leaves = files.flatten(config_lib.to_json(config))
   wanted = (*config_lib.MODEL_LEAVES, *LEAVES)
-  price = functools.partial(spec.flops, model, config.data.shape)
+  price = functools.partial(flops.total, model, config.data.shape)
   budgets = sorted(config_lib.budgets(config, model), key=price, reverse=True)
   return {
     "step": step,

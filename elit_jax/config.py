@@ -28,7 +28,7 @@ from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
 from elit_jax.flow.shift import scale_of
 from elit_jax.flow.times import time_sampler
-from elit_jax.models import elastic, presets, spec, stages
+from elit_jax.models import elastic, legal, presets, spec, stages
 from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
 from elit_jax.sampling import grammar, search
@@ -43,7 +43,8 @@ K = typing.TypeVar("K")
 class ModelConfig:
   preset: str
   classes: int
-  qk_norm: bool
+  qk_norm: str
+  positions: str
   dtype: str
   remat: str
   attention: str
@@ -55,8 +56,13 @@ class ElitConfig:
   window: tuple[int, ...]
   head: int
   tail: int
+  read: str
+  read_depth: int
+  write: str
   write_depth: int
+  mlp_ratio: float
   sees: str
+  cross: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +70,7 @@ class DataConfig:
   source: str
   path: str
   shape: tuple[int, ...]
+  spread: str
   vae: str
   dtype: str
 
@@ -171,6 +178,12 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InspectConfig:
+  count: int
+  levels: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """Everything a run depends on; `elit` is None where the mechanism is not used."""
 
@@ -190,6 +203,7 @@ class Config:
   guidance: GuidanceConfig
   plan: PlanConfig
   eval: EvalConfig
+  inspect: InspectConfig
   prepare: PrepareConfig
   elit: ElitConfig | None = None
 
@@ -223,6 +237,8 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "model.classes",
       "prepare.shard_size",
       "prepare.batch_size",
+      "inspect.count",
+      "inspect.levels",
     ),
     lambda x: x > 0,
     "be above 0",
@@ -263,9 +279,9 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 def check(config: Config) -> None:
   """Raises ConfigError for what can be known to be wrong without data or devices."""
   leaves = files.flatten(dataclasses.asdict(config))
-  for names, legal, rule in RULES:
+  for names, holds, rule in RULES:
     for name in names:
-      if not legal(leaves[name]):
+      if not holds(leaves[name]):
         raise ConfigError(f"config.{name} is {leaves[name]}: it must {rule}")
   process(config.flow.path)
   time_sampler(config.flow.time)
@@ -410,17 +426,28 @@ def build_model(config: Config) -> spec.Model:
       f"config.data.shape is {shape}: want (height, width, channels), each at least 1"
     )
   model = presets.preset(
-    m.preset, channels=shape[-1], classes=m.classes, qk_norm=m.qk_norm
+    m.preset,
+    channels=shape[-1],
+    classes=m.classes,
+    qk_norm=m.qk_norm,
+    positions=m.positions,
+    space=shape[:-1],
   )
   if config.elit:
     e = config.elit
-    sees = typing.cast(typing.Literal["all", "kept"], e.sees)
     model = elastic.elit(
-      model, e.window, e.head, e.tail, write_depth=e.write_depth, sees=sees
+      model,
+      e.window,
+      e.head,
+      e.tail,
+      sees=typing.cast(typing.Literal["all", "kept"], e.sees),
+      cross=typing.cast(typing.Literal["drop", "error"], e.cross),
+      read={"kind": e.read, "depth": e.read_depth, "mlp_ratio": e.mlp_ratio},
+      write={"kind": e.write, "depth": e.write_depth, "mlp_ratio": e.mlp_ratio},
     )
   compute = spec.Compute(m.dtype, m.remat, m.attention, m.scan)
   model = dataclasses.replace(model, compute=compute)
-  spec.validate(model, shape)
+  legal.validate(model, shape)
   return model
 
 
@@ -664,14 +691,20 @@ MODEL_LEAVES = (
   "model.preset",
   "model.classes",
   "model.qk_norm",
+  "model.positions",
   "elit",
   "flow.path",
   "data.shape",
+  "data.spread",
   "data.vae",
 )
 # What the absence of such a leaf means, in configs saved before it was there.
 ABSENT: Mapping[str, Any] = {
   "data.vae": "",
+  "data.spread": "",
+  "model.positions": "",
+  "inspect.count": 64,
+  "inspect.levels": 8,
   "flow.shift": "1",
   "sample.plan": "",
   "sample.shift": "1",
@@ -686,12 +719,27 @@ ABSENT: Mapping[str, Any] = {
 }
 
 
+# The same of `elit`, where a config has it.
+ABSENT_ELIT: Mapping[str, Any] = {
+  "read": "cross",
+  "read_depth": 1,
+  "write": "cross",
+  "mlp_ratio": 1.0,
+  "cross": "drop",
+}
+
+
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
   """A saved config with the leaves that were not there when it was saved."""
   whole = {k: dict(v) if isinstance(v, Mapping) else v for k, v in saved.items()}
   for name, value in ABSENT.items():
     part, _, leaf = name.partition(".")
     whole.setdefault(part, {}).setdefault(leaf, value)
+  if whole.get("elit"):
+    whole["elit"] = {**ABSENT_ELIT, **whole["elit"]}
+  norm = whole["model"].get("qk_norm")
+  if isinstance(norm, bool):  # before there were several
+    whole["model"]["qk_norm"] = "head_ln" if norm else ""
   return whole
 
 
@@ -699,7 +747,7 @@ def model_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
   """The leaves that change the model between two saved configs, with both values."""
 
   def picked(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {**ABSENT, **files.flatten(config)}
+    flat = files.flatten(completed(config))
     return {
       name: value
       for name, value in flat.items()

@@ -10,7 +10,7 @@ from elit_jax import memory, plan_table, sharding, trees
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, flops, spec
 from elit_jax.nn.partition import AXES
 from elit_jax.sampling import grammar
 from elit_jax.sampling.caching import Meter
@@ -18,8 +18,6 @@ from elit_jax.sampling.cost import phase_costs
 from elit_jax.sampling.schedule import decide
 from elit_jax.sampling.search import Tariff
 
-# Parts of the parameters that are not stages of the trunk.
-EMBED = ("patch", "time", "label")
 COLUMNS = 4  # budgets side by side
 
 
@@ -34,10 +32,11 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
   if len(set(parsed)) < len(parsed):
     raise ConfigError(f"budgets {', '.join(budgets)} name a budget twice")
   parsed = parsed or list(config_lib.budgets(config, model))
-  columns = {str(budget): spec.costs(model, shape, budget) for budget in parsed}
+  columns = {str(budget): flops.costs(model, shape, budget) for budget in parsed}
   counts = denoiser.parameter_counts(model, shape)
   fixed = counts.pop("position_table")
-  embed = sum(counts[name] for name in EMBED)
+  later = {*spec.names(model.trunk), "unembed"}
+  embed = sum(count for name, count in counts.items() if name not in later)
   stages = []
   for i, cost in enumerate(next(iter(columns.values()))):
     stages.append(
@@ -61,7 +60,7 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
       name: budget.latents for name, budget in zip(columns, parsed, strict=True)
     },
     "core_tokens": {
-      name: spec.core_tokens(model, shape, budget)
+      name: flops.core_tokens(model, shape, budget)
       for name, budget in zip(columns, parsed, strict=True)
     },
     "flops": {name: sum(row.flops for row in rows) for name, rows in columns.items()},
@@ -84,8 +83,8 @@ def plans(
   """
   model = config_lib.build_model(config)
   solver, path = config_lib.solver(config, model), process(config.flow.path)
-  parts = functools.partial(spec.parts, model, config.data.shape)
-  tokens = functools.partial(spec.core_tokens, model, config.data.shape)
+  parts = functools.partial(flops.parts, model, config.data.shape)
+  tokens = functools.partial(flops.core_tokens, model, config.data.shape)
   found = []
   for plan in config_lib.plans(config, model):
     decided = decide(plan, solver, path, meter)

@@ -31,7 +31,7 @@ from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.pipeline import Loader
 from elit_jax.logs import import_wandb
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, flops, spec
 from elit_jax.nn import attention as attention_lib
 from elit_jax.nn.partition import BATCH
 
@@ -233,7 +233,7 @@ def attention(config: Config, workdir: pathlib.Path | None) -> Finding:
   attention_lib.check_backend(name, *needs)
   lengths = {math.prod(spec.grid_of(model, shape))}
   for budget in config_lib.budgets(config, model):
-    lengths.add(spec.core_tokens(model, shape, budget))
+    lengths.add(flops.core_tokens(model, shape, budget))
   chosen: dict[str, list[str]] = {}
   for n in sorted(lengths):
     auto = attention_lib.choose(*needs, n, n, segmented=False)
@@ -364,7 +364,7 @@ def step_seconds(config: Config) -> float:
   """
   model, shape = config_lib.build_model(config), config.data.shape
   budgets = config_lib.budgets(config, model)
-  flops = 3 * min(spec.flops(model, shape, budget) for budget in budgets)
+  flops = 3 * min(flops.total(model, shape, budget) for budget in budgets)
   rate = _rate(config.model.dtype) * roofline.workers()
   return max(flops * config.train.batch_size / rate, SHORTEST)
 

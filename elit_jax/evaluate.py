@@ -41,7 +41,7 @@ from elit_jax.eval import digits, plots, protocol, report
 from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
 from elit_jax.evaluator import Drawn, View
 from elit_jax.logs import Progress
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, flops, spec
 from elit_jax.rows import Row
 from elit_jax.sampling import caching, schedule
 
@@ -129,7 +129,7 @@ def run(config: Config, workdir: pathlib.Path) -> None:
   folder = begin(bench, workdir / "report", rows, bench.meter)
   seconds = {}
   start = time.monotonic()
-  price = functools.partial(spec.flops, model, config.data.shape)
+  price = functools.partial(flops.total, model, config.data.shape)
   asked = {b for row in rows for b in row.budgets} if config.eval.draws else ()
   budgets = sorted(asked, key=price, reverse=True)
   jobs: dict[Any, Callable] = {

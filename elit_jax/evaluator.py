@@ -24,7 +24,7 @@ from elit_jax.eval.image_sets import write_images
 from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.measure import Instruments
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, flops, spec
 from elit_jax.rows import Row
 from elit_jax.sampling import caching, grammar, schedule
 from elit_jax.sampling.cost import PhaseCost, phase_costs
@@ -261,13 +261,13 @@ def figures(
   know.
   """
   shape = config.data.shape
-  price = functools.partial(spec.flops, model, shape)
+  price = functools.partial(flops.total, model, shape)
   evaluations = sum(cost.strong + cost.weak for cost in costs)
   reused = sum(cost.reused for cost in costs)
   read = spec.find(model, spec.Read)
   counts = denoiser.parameter_counts(model, shape)
   counts.pop("position_table")
-  tokens = functools.partial(spec.core_tokens, model, shape)
+  tokens = functools.partial(flops.core_tokens, model, shape)
   return {
     "name": row.name,
     "kind": row.kind,

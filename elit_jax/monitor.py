@@ -39,7 +39,7 @@ from elit_jax.config import Config
 from elit_jax.data.sources import Source
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.logs import Progress, Writer, import_wandb
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, flops, spec
 from elit_jax.sampling.plan import Plan
 
 Metrics = Mapping[str, jax.Array]
@@ -107,7 +107,7 @@ class Log:
     self._waited = 0.0  # seconds of these for input
     self._fresh = 0  # steps since the last row that this process has timed
     # Forward and backward: three forward passes.
-    self._price = lambda budget: 3e-9 * spec.flops(model, config.data.shape, budget)
+    self._price = lambda budget: 3e-9 * flops.total(model, config.data.shape, budget)
 
   def wait(self, batches: Iterator[T]) -> T:
     """The next batch; the time until it is there counts as waiting for input."""

@@ -38,7 +38,7 @@ from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.eval import metrics
 from elit_jax.logs import Progress
-from elit_jax.models import spec
+from elit_jax.models import flops, spec
 from elit_jax.sampling import grammar, search
 from elit_jax.sampling.caching import Meter
 from elit_jax.sampling.cost import phase_costs
@@ -99,7 +99,7 @@ def space_of(config: Config, model: spec.Model, known: Calibration) -> search.Sp
   Of many training budgets a few, evenly spread in FLOPs with both ends. Unless the
   config names some, the thresholds whose error was calibrated.
   """
-  price = functools.partial(spec.flops, model, config.data.shape)
+  price = functools.partial(flops.total, model, config.data.shape)
   all_budgets = config_lib.budgets(config, model)
   usable = [budget for budget in all_budgets if str(budget) in known.loss_gap]
   if not usable:
@@ -244,7 +244,7 @@ def row_of(
   table: latency.Table | None,
 ) -> dict[str, Any]:
   """A plan as a row, exact to the FLOP; said to be neither recommended nor frontier."""
-  tokens = functools.partial(spec.core_tokens, made.model, config.data.shape)
+  tokens = functools.partial(flops.core_tokens, made.model, config.data.shape)
   parts = sample.prices(config, made.model)
   plan = found.plan(index)
   decided = made.decide(plan)

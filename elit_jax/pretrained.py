@@ -198,9 +198,9 @@ def card(model: "Trained", licence: str) -> str:
   """What the model is, what each of its budgets costs, and how to use it: Markdown."""
   c = model.config
   first, last = spec.seams(model.model)
-  blocks = [s.count if isinstance(s, spec.Blocks) else 0 for s in model.model.trunk]
+  trunk = model.model.trunk
   split = "/".join(
-    str(sum(blocks[part]))
+    str(spec.depth(trunk[part]))
     for part in (slice(first), slice(first, last), slice(last, None))
   )
   rows = [

@@ -13,7 +13,7 @@ from elit_jax import config as config_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.flow.process import process
-from elit_jax.models import spec
+from elit_jax.models import flops, spec
 from elit_jax.sampling import grammar
 from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
 
@@ -63,7 +63,7 @@ class Row:
 
 def by_price(config: Config, model: spec.Model) -> list[Budget]:
   """The training budgets, the largest first."""
-  price = functools.partial(spec.flops, model, config.data.shape)
+  price = functools.partial(flops.total, model, config.data.shape)
   return sorted(config_lib.budgets(config, model), key=price, reverse=True)
 
 

@@ -28,7 +28,7 @@ from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import Process, process
 from elit_jax.logs import Progress
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, flops, spec
 from elit_jax.sampling import caching, grammar, sampler, schedule
 from elit_jax.sampling.cost import PartsOf, PlanCost, plan_cost
 from elit_jax.sampling.network import Network, Stream
@@ -99,7 +99,7 @@ class Sampler:
 
   def price(self, plan: Plan) -> PlanCost:
     """Evaluations and FLOPs of one sample, before it is drawn."""
-    parts = functools.partial(spec.parts, self.model, self.shape)
+    parts = functools.partial(flops.parts, self.model, self.shape)
     return plan_cost(plan, self.stepper, self.process, parts, self.meter)
 
   def numbers(self, plan: Sequence[Decided]) -> tuple[Schedule, ...]:
@@ -255,7 +255,7 @@ def from_config(
 
 def prices(config: Config, model: spec.Model) -> PartsOf:
   """FLOPs of the parts of a forward pass at a budget, of one sample."""
-  return functools.partial(spec.parts, model, config.data.shape)
+  return functools.partial(flops.parts, model, config.data.shape)
 
 
 def _program(programs: Mapping[Hashable, Any], form: Form) -> Program:

@@ -103,7 +103,7 @@ CASES = {
     take("variance"), ("output channels 2, not 1", "final_layer.linear.bias has shape")
   ),
   "QK-norm": Case(
-    take("plain", "--config.model.qk_norm=True"),
+    take("plain", "--config.model.qk_norm=head_ln"),
     ("QK-norm False, not True", "blocks.{0..3}.attn.q_norm.weight (4)"),
   ),
   "a plain file, elastic": Case(

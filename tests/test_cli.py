@@ -21,7 +21,7 @@ from elit_jax import config as config_lib
 from elit_jax import rows as rows_lib
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, flops, spec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHAPE = (8, 8, 1)
@@ -104,9 +104,9 @@ def test_describe_counts_what_the_model_counts(run_main, capsys):
   assert found["parameters_with_fixed_position_table"] == sum(counts.values()) + fixed
   assert sum(stage["parameters"] for stage in found["stages"]) == found["parameters"]
   assert list(found["flops"]) == ["k1", "k2", "k4", "k8", "k16"]
-  for name, flops in found["flops"].items():
+  for name, value in found["flops"].items():
     budget = Budget(int(name[1:]))
-    assert flops == spec.flops(model, SHAPE, budget)
+    assert value == flops.total(model, SHAPE, budget)
     assert flops == sum(stage["flops"][name] for stage in found["stages"])
     assert found["core_tokens"][name] == 4 * budget.latents
   assert [stage["stage"] for stage in found["stages"]] == [
@@ -124,9 +124,9 @@ def test_describe_prints_every_stage_at_every_budget(run_main, capsys):
   run_main(*argv)
   text = capsys.readouterr().out
   assert len(found["flops"]) == 16
-  for name, flops in found["flops"].items():
+  for name, value in found["flops"].items():
     assert f"tokens {name}" in text and f"GFLOPs {name}" in text
-    assert f"{flops / 1e9:.3f}" in text
+    assert f"{value / 1e9:.3f}" in text
   for stage in found["stages"]:
     assert f"\n{stage['stage']} " in text and f"{stage['parameters']:,}" in text
   assert "SiT-B/2" in text and f"{found['parameters']:,} parameters" in text
@@ -152,8 +152,8 @@ def test_budgets_come_from_the_flag_or_the_config(run_main, capsys):
   [
     (("--config.optim.lr", "2e-4"), "optim.lr", 2e-4),
     (("-config.optim.lr=2e-4",), "optim.lr", 2e-4),
-    (("--config.model.qk_norm",), "model.qk_norm", True),
-    (("--config.model.qk_norm", "--noconfig.model.qk_norm"), "model.qk_norm", False),
+    (("--config.model.scan",), "model.scan", True),
+    (("--config.model.scan", "--noconfig.model.scan"), "model.scan", False),
     (("--config.model.scan=false",), "model.scan", False),
     (("--config.elit.window=(2,8)",), "elit.window", (2, 8)),
     (("--config.budget_weights=(1,0,0,0,2.5)",), "budget_weights", (1, 0, 0, 0, 2.5)),
@@ -446,8 +446,8 @@ def test_a_report_of_every_budget(tiny_run, workdir):
     assert row["validation_loss_se"] > 0
   model = config_lib.build_model(tiny_config())
   rows = {row["name"]: row for row in report["rows"]}
-  full, small = (spec.flops(model, SHAPE, Budget(k)) for k in (4, 1))
-  once = spec.parts(model, SHAPE, Budget(1))  # of what both branches share
+  full, small = (flops.total(model, SHAPE, Budget(k)) for k in (4, 1))
+  once = flops.parts(model, SHAPE, Budget(1))  # of what both branches share
   forwards = {  # two steps each
     "k4": full,
     "k1": small,
@@ -455,8 +455,8 @@ def test_a_report_of_every_budget(tiny_run, workdir):
     "CCFG 2": full + small,
     "AutoG 2": full + small - once.embed - once.head,
   }
-  for name, flops in forwards.items():
-    assert rows[name]["gflops_per_image"] == pytest.approx(2e-9 * flops, rel=1e-12)
+  for name, value in forwards.items():
+    assert rows[name]["gflops_per_image"] == pytest.approx(2e-9 * value, rel=1e-12)
   assert json.loads((folder / "config.json").read_text())["budgets"] == ["k1", "k4"]
   for name in ("grid.png", "tradeoff.png"):
     assert (folder / name).read_bytes().startswith(b"\x89PNG")

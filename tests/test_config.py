@@ -233,7 +233,7 @@ def test_what_changes_the_model_is_a_difference():
   for leaf, value in {
     "model.preset": "OriginalSiT-digits/2",
     "model.classes": 11,
-    "model.qk_norm": True,
+    "model.qk_norm": "head_ln",
     "elit.head": 2,
     "elit.tail": 1,
     "elit.write_depth": 2,

@@ -98,9 +98,7 @@ CASES = {
   ),
   "not a number": Case(describe(BASE, "optim.lr=abc"), ("'abc'", "a number")),
   "not whole": Case(describe(BASE, "train.steps=1e3"), ("'1e3'", "a whole number")),
-  "not a bool": Case(
-    describe(BASE, "model.qk_norm=maybe"), ("'maybe'", "true or false")
-  ),
+  "not a bool": Case(describe(BASE, "model.scan=maybe"), ("'maybe'", "true or false")),
   "no value": Case(describe(BASE, "train.steps"), ("config.train.steps", "value")),
   "not a tuple": Case(
     describe(DIGITS, "budgets=('k1',"), ("('k1',", "a tuple, such as")

@@ -358,9 +358,9 @@ def test_broken_projectors_beside_a_run_go_no_further(
     PLAIN_MODEL,
     ELIT_MODEL,
     elastic_models.tapped(ELIT_MODEL, 1, (6, 5), 8),
-    elastic_models.elit(PLAIN_MODEL, (4, 4), 0, 2, write_depth=3),
+    elastic_models.elit(PLAIN_MODEL, (4, 4), 0, 2, write={"depth": 3}),
     presets.dit(presets.Size(3, 48, 3), (4, 2), channels=3, out_channels=6, classes=2),
-    presets.dit(presets.Size(2, 48, 3), mlp_ratio=2.0, qk_norm=True),
+    presets.dit(presets.Size(2, 48, 3), mlp_ratio=2.0, qk_norm="head_ln"),
   ],
 )
 def test_a_file_tells_its_network(model) -> None:

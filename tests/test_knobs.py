@@ -82,7 +82,7 @@ KNOBS = {
   "seed": Knob(1, "step data budgets init", ELIT),
   "model.preset": Knob("SiT-tiny/4", "step sampling"),
   "model.classes": Knob(11, "step sampling"),
-  "model.qk_norm": Knob(True, "step sampling"),
+  "model.qk_norm": Knob("head_ln", "step sampling"),
   "model.dtype": Knob("bfloat16", "step sampling"),
   "model.remat": Knob("full", "step"),
   "model.attention": Knob("splash", "choice"),

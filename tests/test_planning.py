@@ -163,7 +163,7 @@ GIVEN = (
   "--config.guidance.way=calls",
   "--config.guidance.channels=three",
   "--config.sample.classes=3,1",
-  *("--config.model.qk_norm", "--config.seed", "7"),
+  *("--config.model.qk_norm=head_ln", "--config.seed", "7"),
 )
 SAID_BY_THE_PLAN = ("--config.guidance.scale=2.0", "--config.guidance.budget=k1")
 

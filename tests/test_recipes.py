@@ -14,14 +14,14 @@ from elit_jax import config as config_lib
 from elit_jax import sharding, train
 from elit_jax.data import pipeline, prepare
 from elit_jax.errors import ConfigError
-from elit_jax.models import denoiser, presets, spec, vae
+from elit_jax.models import denoiser, flops, presets, spec, vae
 
 
 def teraflops(config) -> float:
   """Of a training step: three forward passes of a batch, the mean over budgets."""
   model = config_lib.build_model(config)
   budgets = config_lib.budgets(config, model)
-  flops = np.mean([spec.flops(model, config.data.shape, b) for b in budgets])
+  flops = np.mean([flops.total(model, config.data.shape, b) for b in budgets])
   return 3e-12 * flops * config.train.batch_size
 
 

@@ -166,7 +166,7 @@ def test_another_depth_keeps_the_first_blocks(depth: int) -> None:
 
 
 def test_a_deeper_write_keeps_the_layers_there_are() -> None:
-  target = elastic.elit(PLAIN, (2, 2), 1, 2, write_depth=2)
+  target = elastic.elit(PLAIN, (2, 2), 1, 2, write={"depth": 2})
   theirs, fresh, out, _ = graft(ELIT, target)
   _, kept = split(theirs, fresh, out)
   assert kept == {n for n in out if n.startswith(("write.attn_1.", "write.mlp_1."))}

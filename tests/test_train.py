@@ -26,7 +26,7 @@ from elit_jax import ema, files, logs, monitor, optim, sample, train
 from elit_jax.budget import Budget, TimedBudget, draw_budget
 from elit_jax.data.sources import ArraySource
 from elit_jax.errors import ConfigError, TrainingStopped
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, flops
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,7 +208,7 @@ def test_every_row_has_the_promised_fields(finished):
   assert [row["step"] for row in finished.rows] == [7, 14, 21, 28, 35, 40]
   config, model = finished.config, config_lib.build_model(finished.config)
   price = {
-    str(timed.budget): 3e-9 * spec.flops(model, config.data.shape, timed.budget)
+    str(timed.budget): 3e-9 * flops.total(model, config.data.shape, timed.budget)
     for timed in finished.programs
   }
   first = 0
@@ -327,7 +327,7 @@ def test_rates_of_a_row(tmp_path, monkeypatch):
   monkeypatch.setattr(monitor, "peak_flops", lambda dtype: 1e9)
   config = make_config(train__log_every=2, train__batch_size=8)
   model = config_lib.build_model(config)
-  price = 3 * spec.flops(model, config.data.shape, Budget())
+  price = 3 * flops.total(model, config.data.shape, Budget())
 
   def batches():
     while True:
@@ -438,7 +438,7 @@ def test_a_termination_request_saves_and_returns(finished, resumed, monkeypatch)
   [
     ({"elit": ELIT | {"write_depth": 2}}, "elit.write_depth was 1, is 2"),
     ({"model__preset": "SiT-tiny/4"}, "model.preset was 'SiT-test/4'"),
-    ({"model__qk_norm": True}, "model.qk_norm was False, is True"),
+    ({"model__qk_norm": "head_ln"}, "model.qk_norm was '', is 'head_ln'"),
     ({"model__classes": 11}, "model.classes was 10, is 11"),
     ({"flow__path": "cosine"}, "flow.path was 'linear', is 'cosine'"),
   ],

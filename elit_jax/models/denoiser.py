@@ -3,24 +3,18 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from elit_jax.budget import Budget
-from elit_jax.models.spec import (
-  Blocks,
-  Model,
-  Read,
-  find,
-  grid_of,
-  kept,
-  learns_variance,
-  names,
-  seams,
-)
+from elit_jax.models import spec
+from elit_jax.models.conditions import CONDITIONS, Cond, extra_tokens, part_inputs
+from elit_jax.models.layout import Layout
+from elit_jax.models.spec import Model, Read, find, kept, learns_variance, seams
 from elit_jax.models.stages import Params, Stream, fold, init_stage, keep, run_stage
 from elit_jax.nn import embed as nn_embed
 from elit_jax.nn.partition import split_batch
@@ -42,13 +36,16 @@ class Output(NamedTuple):
 
 
 def _parts(model: Model) -> dict:
-  dtype = jnp.dtype(model.compute.dtype)
-  return {
+  dtype, condition = jnp.dtype(model.compute.dtype), CONDITIONS[model.condition]
+  parts = {
     "patch": nn_embed.PatchEmbed(model.width, model.patch, dtype),
-    "time": nn_embed.TimeEmbed(model.width),
-    "label": nn_embed.LabelEmbed(model.classes, model.width),
-    "unembed": nn_embed.Unembed(model.patch, model.out_channels, dtype),
+    **condition.parts(model),
+    "unembed": condition.unembed(model.patch, model.out_channels, dtype),
   }
+  if model.positions == "learned":
+    tokens = extra_tokens(model) + math.prod(model.grid)
+    parts["position"] = nn_embed.PositionTable(tokens, model.width)
+  return parts
 
 
 def init(model: Model, key: jax.Array) -> Params:
@@ -58,49 +55,56 @@ def init(model: Model, key: jax.Array) -> Params:
   by its number, so equal parts of two models start equal.
   """
   c = jnp.zeros((1, model.width))
-  inputs = {
+  inputs = part_inputs(model) | {
     "patch": (jnp.zeros((1, *model.patch, model.channels)),),
-    "time": (jnp.zeros((1,)),),
-    "label": (jnp.zeros((1,), jnp.int32),),
     "unembed": (c[:, None], c),
+    "position": (),
   }
   params = {
     name: part.init(fold(key, name), *inputs[name])["params"]
     for name, part in _parts(model).items()
   }
-  first = 0
-  for name, stage in zip(names(model.trunk), model.trunk, strict=True):
-    params[name] = init_stage(model, stage, first, key)
-    first += stage.count if isinstance(stage, Blocks) else 0
+  columns = (f(model.trunk) for f in (spec.names, spec.firsts, spec.scales))
+  for stage, name, first, scale in zip(model.trunk, *columns, strict=True):
+    params[name] = init_stage(model, stage, name, first, scale, key)
   return params
 
 
 def embed(
-  model: Model, params: Params, x: jax.Array, t_B: jax.Array, label_B: jax.Array
+  model: Model, params: Params, x: jax.Array, t_B: jax.Array, cond: Cond
 ) -> Stream:
-  """Sample (B, *space, C), time (B,) and label (B,) to a stream of tokens."""
-  grid = grid_of(model, x.shape[1:])
-  parts = _parts(model)
-  tokens_BND = parts["patch"].apply({"params": params["patch"]}, x)
-  tokens_BND = tokens_BND + sincos_table(grid, model.width)[None]
+  """Sample (B, *space, C), time (B,) and label (B,) or prompt to a stream of tokens."""
+  grid = spec.grid_of(model, x.shape[1:])
+  tokens_BND = _parts(model)["patch"].apply({"params": params["patch"]}, x)
   time_BD = time_embedding(model, params, t_B)
-  label_BD = parts["label"].apply({"params": params["label"]}, label_B)
-  return Stream(split_batch(tokens_BND), split_batch(time_BD + label_BD), grid)
+  c_BD, text_BMD = CONDITIONS[model.condition].run(model, params, time_BD, cond)
+  if model.positions == "sincos":
+    tokens_BND = tokens_BND + sincos_table(grid, model.width)[None]
+  if model.positions == "learned":
+    table_LD = _parts(model)["position"].apply({"params": params["position"]})
+    rows_MD, rows_ND = jnp.split(table_LD, [extra_tokens(model)])
+    tokens_BND = tokens_BND + rows_ND[None]
+    text_BMD = None if text_BMD is None else text_BMD + rows_MD[None]
+  text_BMD = None if text_BMD is None else split_batch(text_BMD)
+  x_BND, c_BD = split_batch(tokens_BND), split_batch(c_BD)
+  return Stream(x_BND, c_BD, grid, (Layout(grid),), text_BMD)
 
 
 def time_embedding(model: Model, params: Params, t_B: jax.Array) -> jax.Array:
   """Embedding (B, D) in fp32 of our times, on the network's own clock."""
   clock = t_B if model.time.noise_at == 1 else 1 - t_B
-  part = _parts(model)["time"]
-  return part.apply({"params": params["time"]}, model.time.scale * clock)
+  condition = CONDITIONS[model.condition]
+  return condition.time(model, params, model.time.scale * clock)
 
 
 def _run(
   model: Model, params: Params, stream: Stream, budget: Budget, span: slice
 ) -> Stream:
-  stages = list(zip(names(model.trunk), model.trunk, strict=True))
-  for name, stage in stages[span]:
-    stream = run_stage(model, stage, params[name], stream, budget)
+  named = zip(
+    model.trunk, spec.names(model.trunk), spec.scales(model.trunk), strict=True
+  )
+  for stage, name, scale in list(named)[span]:
+    stream = run_stage(model, stage, params[name], stream, budget, scale)
   return stream
 
 
@@ -123,11 +127,22 @@ def heads(
 
 def pack(streams: Sequence[Stream]) -> Stream:
   """Streams of one batch as one sequence for the core, which mixes none of them."""
-  return Stream(
-    split_batch(jnp.concatenate([stream.x for stream in streams], axis=1)),
-    split_batch(jnp.stack([stream.c for stream in streams], axis=1)),
-    streams[0].grid,
-    segments=tuple(stream.x.shape[1] for stream in streams),
+
+  def joined(parts: list[Any]) -> jax.Array | None:
+    if parts[0] is None:
+      return None
+    return split_batch(jnp.concatenate(parts, axis=1))
+
+  x = joined([stream.x for stream in streams])
+  assert x is not None
+  return dataclasses.replace(
+    streams[0],
+    x=x,
+    c=split_batch(jnp.stack([stream.c for stream in streams], axis=1)),
+    layouts=tuple(layout for stream in streams for layout in stream.layouts),
+    text=joined([stream.text for stream in streams]),
+    skips=(),
+    taps=(),
   )
 
 
@@ -135,14 +150,14 @@ def unpack(packed: Stream, streams: Sequence[Stream]) -> tuple[Stream, ...]:
   """What the core made of each of the streams that were packed, in their order."""
   assert packed.segments is not None
   ends = [*itertools.accumulate(packed.segments)]
-
-  def split(x: jax.Array) -> list[jax.Array]:
-    return jnp.split(x, ends[:-1], axis=1)
-
-  taps = [split(tap) for tap in packed.taps]
+  columns = [jnp.split(y, ends[:-1], axis=1) for y in (packed.x, *packed.taps)]
+  texts: list[Any] = [None] * len(streams)
+  if packed.text is not None:
+    texts = jnp.split(packed.text, len(streams), axis=1)
+  rows = zip(streams, texts, *columns, strict=True)
   return tuple(
-    dataclasses.replace(stream, x=x, taps=stream.taps + tuple(tap[i] for tap in taps))
-    for i, (stream, x) in enumerate(zip(streams, split(packed.x), strict=True))
+    dataclasses.replace(stream, x=x, text=text, taps=(*stream.taps, *taps))
+    for stream, text, x, *taps in rows
   )
 
 
@@ -173,14 +188,15 @@ def apply(
   params: Params,
   x: jax.Array,
   t_B: jax.Array,
-  label_B: jax.Array,
+  cond: Cond,
   budget: Budget = Budget(),
 ) -> Output:
-  """Prediction at (x, t, label) under a budget.
+  """Prediction at (x, t, condition) under a budget.
 
-  x (B, *space, C), t (B,) in [0, 1] with 1 = noise, label (B,) with `classes` = null.
+  x (B, *space, C), t (B,) in [0, 1] with 1 = noise; condition: label (B,) with
+  `classes` = null, or a prompt.
   """
-  stream = embed(model, params, x, t_B, label_B)
+  stream = embed(model, params, x, t_B, cond)
   stream = head(model, params, stream, budget)
   stream = core(model, params, stream, budget)
   stream = tail(model, params, stream, budget)
@@ -203,7 +219,6 @@ def parameter_counts(model: Model, shape: Sequence[int]) -> dict[str, int]:
     name: sum(leaf.size for leaf in jax.tree.leaves(part))
     for name, part in abstract_params(model).items()
   }
-  tokens = 1
-  for side in grid_of(model, shape):
-    tokens *= side
-  return counts | {"position_table": tokens * model.width}
+  fixed = model.positions == "sincos"
+  tokens = math.prod(spec.grid_of(model, shape))
+  return counts | {"position_table": tokens * model.width if fixed else 0}

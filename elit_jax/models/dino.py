@@ -192,7 +192,7 @@ def _keys(x: np.ndarray) -> np.ndarray:
 
 def flops(dino: Dino, side: int) -> int:
   """FLOPs of one image of side x side pixels: 2 a multiply-add of matmuls, convolution
-  and attention, as `spec.flops` counts.
+  and attention, as `flops.total` counts.
 
   2 P (3 p^2) D + L (24 N D^2 + 4 N^2 D) for P patches of p pixels a side, N = P + 1.
   """

@@ -1,28 +1,58 @@
 """Networks as values: a model is a frozen record with a tuple of stages.
 
-Everything that can be known without running a network is derived from this record:
-names, token counts, legality and FLOPs.
+What can be known of a record alone stands here: names, blocks, seams, widths. Beside it
+stand `layout` (tokens), `legal` (what may be built) and `costs` (FLOPs).
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from elit_jax.budget import Budget, parse_budget
 from elit_jax.errors import ConfigError
 
 Grid = tuple[int, ...]
 Prediction = Literal["velocity", "noise"]
+QKNorm = Literal["none", "head_ln", "head_rms", "full_rms"]
+BlockKind = Literal["adaln", "prenorm", "dual", "single"]
+Positions = Literal["sincos", "learned", "none"]
 
 
 @dataclass(frozen=True)
 class Blocks:
-  """`count` equal adaLN-Zero blocks, scanned."""
+  """`count` equal transformer blocks, scanned.
+
+  qk_norm: of queries and keys, see `nn.attention.NORMS`. kind: see `stages.BLOCKS`.
+  rope: queries and keys are rotated by the positions of their tokens. Long skips, last
+  in, first out: each block's output is pushed; each block's input is fused with one.
+  """
 
   count: int
   mlp_ratio: float = 4.0
-  qk_norm: bool = False
+  qk_norm: QKNorm = "none"
+  kind: BlockKind = "adaln"
+  rope: bool = False
+  push: bool = False
+  pop: bool = False
+
+
+@dataclass(frozen=True)
+class Down:
+  """Merges `factor` neighbouring tokens along each axis into one, `widen` times as
+  wide; latents merge with those of the same index in neighbouring groups.
+  """
+
+  factor: Grid
+  widen: int = 2
+
+
+@dataclass(frozen=True)
+class Up:
+  """Splits each token again: undoes what a Down of these numbers does to shapes."""
+
+  factor: Grid
+  widen: int = 2
 
 
 @dataclass(frozen=True)
@@ -30,11 +60,19 @@ class Read:
   """Tokens to latents, group by group; ends the head.
 
   window: tokens of a group along each axis; a group has as many latents as tokens.
-  positions: rows of the table of latent positions (4096 in the released weights).
+  positions: rows of the table of latent positions (4096 in the released weights); 0:
+  none, where RoPE tells the core. kind: "cross" attention from latents to tokens, the
+  same after self-attention among a group's latents ("qformer"), or self-attention over
+  both ("self"): ELIT, table 6. depth: such layers. mlp_ratio: of their MLPs. chunks: of
+  the modulation: 7 (released, the last is never used) or 6.
   """
 
   window: Grid
   positions: int = 4096
+  kind: Literal["cross", "qformer", "self"] = "cross"
+  depth: int = 1
+  mlp_ratio: float = 1.0
+  chunks: int = 7
 
 
 @dataclass(frozen=True)
@@ -43,12 +81,15 @@ class Write:
 
   sees: "all" latents of a group, dropped ones as Read left them (released, and what
   the published FLOPs count), or only the "kept" ones, in which case Read computes no
-  others either.
+  others either. kind: "cross" attention from tokens to latents, or self-attention over
+  both ("self"). depth: such layers. mlp_ratio: of their MLPs.
   """
 
   window: Grid
   depth: int = 1
   sees: Literal["all", "kept"] = "all"
+  kind: Literal["cross", "self"] = "cross"
+  mlp_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +100,7 @@ class Tap:
   hidden: int = 2048
 
 
-Stage = Blocks | Read | Write | Tap
+Stage = Blocks | Down | Up | Read | Write | Tap
 
 
 @dataclass(frozen=True)
@@ -71,6 +112,24 @@ class Time:
 
   scale: float = 1.0
   noise_at: Literal[0, 1] = 1
+
+
+@dataclass(frozen=True)
+class Text:
+  """A second stream of tokens, which no interface touches.
+
+  tokens: of a prompt. width: of each as an encoder gives it. norm: RMS norm before its
+  projection (Qwen-Image). pooled: width of one vector for the whole prompt; 0: none.
+  guidance: the scale of a distilled guidance is embedded as times are (FLUX dev).
+  table: no encoder; every class has learned tokens of its own.
+  """
+
+  tokens: int
+  width: int
+  norm: bool = False
+  pooled: int = 0
+  guidance: bool = False
+  table: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,8 +151,11 @@ class Compute:
 class Model:
   """A denoiser: patches in, a trunk of stages, velocity or noise out.
 
-  out_channels beyond `channels` are a learned variance where noise is predicted; SiT
-  kept them without a use: beside a velocity they are computed and set aside.
+  width, heads: of the stages outside Down and Up. out_channels beyond `channels` are a
+  learned variance where noise is predicted; SiT kept them without a use: beside a
+  velocity they are computed and set aside. condition: how time and label enter, see
+  `conditions.CONDITIONS`. positions: the absolute table that is added to tokens;
+  grid: that a learned one is for, else (). text: that of the condition "text".
   """
 
   width: int
@@ -106,6 +168,10 @@ class Model:
   prediction: Prediction = "velocity"
   time: Time = Time()
   compute: Compute = Compute()
+  condition: Literal["modulation", "tokens", "text"] = "modulation"
+  positions: Positions = "sincos"
+  grid: Grid = ()
+  text: Text | None = None
 
 
 def learns_variance(model: Model) -> bool:
@@ -113,21 +179,48 @@ def learns_variance(model: Model) -> bool:
   return model.prediction == "noise" and model.out_channels > model.channels
 
 
+def blocks(stage: Stage) -> int:
+  """Blocks of a stage."""
+  return stage.count if isinstance(stage, Blocks) else 0
+
+
+def depth(trunk: Sequence[Stage]) -> int:
+  """Blocks of a trunk."""
+  return sum(map(blocks, trunk))
+
+
+def firsts(trunk: Sequence[Stage]) -> list[int]:
+  """Blocks before each stage."""
+  return [depth(trunk[:i]) for i in range(len(trunk))]
+
+
 def names(trunk: Sequence[Stage]) -> list[str]:
   """Name of each stage, also its place in the parameters.
 
-  Blocks are named by the number of their first block in the plain network, which no
-  transform of the trunk changes.
+  Blocks, Down and Up are named by the number of the next block in the plain network,
+  which no transform of the trunk changes.
   """
-  out, first = [], 0
-  for stage in trunk:
-    out.append(f"blocks_{first:02d}" if isinstance(stage, Blocks) else _kind(stage))
-    first += stage.count if isinstance(stage, Blocks) else 0
-  return out
+  return [
+    f"{_kind(stage)}_{first:02d}" if isinstance(stage, Blocks | Down | Up)
+    else _kind(stage)
+    for stage, first in zip(trunk, firsts(trunk), strict=True)
+  ]  # fmt: skip
 
 
 def _kind(stage: Stage) -> str:
   return type(stage).__name__.lower()
+
+
+def scales(trunk: Sequence[Stage]) -> list[int]:
+  """Width of what enters each stage, as a multiple of the model's; heads likewise."""
+  out, scale = [], 1
+  for stage in trunk:
+    out.append(scale)
+    if isinstance(stage, Down):
+      scale *= stage.widen
+    if isinstance(stage, Up):
+      scale //= stage.widen
+  return out
 
 
 def find(model: Model, kind: type) -> Stage | None:
@@ -161,44 +254,12 @@ def grid_of(model: Model, shape: Sequence[int]) -> Grid:
   return tuple(s // p for s, p in zip(space, model.patch, strict=True))
 
 
-def validate(model: Model, shape: Sequence[int]) -> Grid:
-  """The token grid of a legal model and sample shape; raises ConfigError otherwise."""
-  if model.width % model.heads:
-    raise ConfigError(f"{model.heads} heads do not divide the width {model.width}")
-  if model.prediction not in ("velocity", "noise"):
-    raise ConfigError(
-      f"a network predicts 'velocity' or 'noise', not {model.prediction!r}"
-    )
-  if model.out_channels not in (model.channels, 2 * model.channels):
-    raise ConfigError(
-      f"{model.out_channels} output channels must be the {model.channels} of a sample, "
-      "or twice as many"
-    )
-  grid = grid_of(model, shape)
-  kinds = [type(stage) for stage in model.trunk]
-  places = [i for i, kind in enumerate(kinds) if kind in (Read, Write)]
-  if places and [kinds[i] for i in places] != [Read, Write]:
-    raise ConfigError("a trunk holds one Read followed by one Write, or neither")
-  read, write = find(model, Read), find(model, Write)
-  if isinstance(read, Read) and isinstance(write, Write):
-    _validate_interface(read, write, grid)
+def read_grid(model: Model, grid: Grid) -> Grid:
+  """Token grid that Read sees: merged where a Down precedes it."""
+  for stage in model.trunk[: max(seams(model)[0] - 1, 0)]:
+    if isinstance(stage, Down):
+      grid = tuple(g // f for g, f in zip(grid, stage.factor, strict=True))
   return grid
-
-
-def _validate_interface(read: Read, write: Write, grid: Grid) -> None:
-  window = read.window
-  if write.window != window:
-    raise ConfigError(f"Read has groups of {window}, Write of {write.window}")
-  if len(window) != len(grid) or any(w < 1 for w in window):
-    raise ConfigError(f"group {window} must have {len(grid)} sides of at least 1")
-  if any(g % w for g, w in zip(grid, window, strict=True)):
-    raise ConfigError(f"group {window} does not divide the token grid {grid}")
-  if write.sees not in ("all", "kept"):
-    raise ConfigError(f"Write sees 'all' or 'kept' latents, not {write.sees!r}")
-  if math.prod(grid) > read.positions:
-    raise ConfigError(
-      f"{math.prod(grid)} tokens exceed the {read.positions} latent positions of Read"
-    )
 
 
 def budget_for(model: Model, shape: Sequence[int], text: str | float) -> Budget:
@@ -207,7 +268,8 @@ def budget_for(model: Model, shape: Sequence[int], text: str | float) -> Budget:
   if not isinstance(read, Read):
     return parse_budget(text)
   slots = math.prod(read.window)
-  return parse_budget(text, slots, math.prod(grid_of(model, shape)) // slots)
+  tokens = math.prod(read_grid(model, grid_of(model, shape)))
+  return parse_budget(text, slots, tokens // slots)
 
 
 def kept(read: Read, budget: Budget) -> int:
@@ -220,118 +282,3 @@ def computed(model: Model, read: Read, budget: Budget) -> int:
   write = find(model, Write)
   only_kept = isinstance(write, Write) and write.sees == "kept"
   return kept(read, budget) if only_kept else math.prod(read.window)
-
-
-@dataclass(frozen=True)
-class Cost:
-  """A stage's tokens (that attention sees) and FLOPs in one forward pass of one sample.
-
-  FLOPs are 2 a multiply-add of matmuls, convolutions and attention, nothing else.
-  linear: those of them in linear layers on tokens, patches in and out among these;
-  not products of attention, nor what is computed once a sample from the condition.
-  """
-
-  name: str
-  tokens: int
-  flops: int
-  linear: int
-
-
-def costs(model: Model, shape: Sequence[int], budget: Budget) -> list[Cost]:
-  """Cost of every stage of one forward pass, embedding and unembedding included.
-
-  Taps are left out: a forward pass that samples does not compute them.
-  """
-  n, d = math.prod(grid_of(model, shape)), model.width
-  patch = math.prod(model.patch)
-  stem = 2 * n * d * model.channels * patch
-  rows, tokens = [Cost("embed", n, stem + 2 * (256 * d + d * d), stem)], n
-  for name, stage in zip(names(model.trunk), model.trunk, strict=True):
-    flops = linear = 0
-    match stage:
-      case Blocks():
-        flops, linear = _blocks(stage, d, tokens)
-      case Read():
-        slots, j = math.prod(stage.window), computed(model, stage, budget)
-        latents = n // slots * j
-        linear = 4 * n * d * d + 8 * latents * d * d
-        flops = 14 * d * d + linear + 4 * n * j * d
-        tokens = n // slots * kept(stage, budget)
-      case Write():
-        slots, j = math.prod(stage.window), _seen(model, budget)
-        latents = n // slots * j
-        linear = stage.depth * (8 * n * d * d + 4 * latents * d * d)
-        flops, tokens = linear + stage.depth * 4 * n * j * d, n
-      case Tap():
-        pass
-    rows.append(Cost(name, tokens, flops, linear))
-  out = 2 * n * d * patch * model.out_channels
-  return [*rows, Cost("unembed", n, 4 * d * d + out, out)]
-
-
-def _blocks(stage: Blocks, d: int, *tokens: int) -> tuple[int, int]:
-  """FLOPs, and those of linear layers, of blocks on sequences packed as one."""
-  n = sum(tokens)
-  linear = stage.count * n * (8 * d * d + 4 * d * int(d * stage.mlp_ratio))
-  attn, modulation = 4 * n * n * d, 12 * d * d * len(tokens)
-  return linear + stage.count * (attn + modulation), linear
-
-
-def _seen(model: Model, budget: Budget) -> int:
-  read = find(model, Read)
-  return computed(model, read, budget) if isinstance(read, Read) else 0
-
-
-def flops(model: Model, shape: Sequence[int], budget: Budget = Budget()) -> int:
-  """FLOPs of one forward pass of one sample of `shape` (*space, channels)."""
-  return sum(cost.flops for cost in costs(model, shape, budget))
-
-
-def linear_flops(model: Model, shape: Sequence[int], budget: Budget = Budget()) -> int:
-  """FLOPs of the trunk's linear layers on tokens, in one forward pass of one sample.
-
-  The cost axis of ELIT's figure on TeaCache, which counts what the cache wraps: neither
-  patches in nor patches out.
-  """
-  return sum(cost.linear for cost in costs(model, shape, budget)[1:-1])
-
-
-class Parts(NamedTuple):
-  """FLOPs of the five functions of a network for one sample.
-
-  The head includes Read and the tail Write; both are 0 where there is no interface.
-  """
-
-  embed: int
-  head: int
-  core: int
-  tail: int
-  unembed: int
-
-
-def parts(model: Model, shape: Sequence[int], *budgets: Budget) -> Parts:
-  """FLOPs of a forward pass by part; of several budgets, packed in the core.
-
-  Packed, every token meets every other in attention, which is what a kernel computes
-  that skips nothing; all else is the sum over the budgets.
-  """
-  first, last = seams(model)
-  columns = [costs(model, shape, budget) for budget in budgets]
-  # The same stage at every budget.
-  embed, *trunk, unembed = (
-    sum(cost.flops for cost in row) for row in zip(*columns, strict=True)
-  )
-  lengths = [core_tokens(model, shape, budget) for budget in budgets]
-  core = sum(
-    _blocks(stage, model.width, *lengths)[0]
-    for stage in model.trunk[first:last]
-    if isinstance(stage, Blocks)
-  )
-  return Parts(embed, sum(trunk[:first]), core, sum(trunk[last:]), unembed)
-
-
-def core_tokens(model: Model, shape: Sequence[int], budget: Budget) -> int:
-  """Tokens that the core attends over."""
-  first, last = seams(model)
-  rows = costs(model, shape, budget)[1:-1]
-  return rows[first].tokens if first < last else rows[first - 1].tokens

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from elit_jax.nn.linear import fan_in_uniform, linear, zeros
 from elit_jax.nn.modulation import rms_norm
 from elit_jax.nn.partition import BATCH, TENSOR
+from elit_jax.nn.position import rotate
 
 Segments = tuple[jax.Array, jax.Array]
 Kernel = Callable[[jax.Array, jax.Array, jax.Array, Segments | None], jax.Array]
@@ -317,40 +318,127 @@ def _pad(
   return longer(q_BNAK), longer(k_BMAK), longer(v_BMAK), ids
 
 
-def segment_ids(batch: int, lengths: Sequence[int]) -> Segments:
-  """Ids (B, N), as queries and as keys, of sequences one after the other."""
-  ids_N = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+def segment_ids(
+  batch: int, lengths: Sequence[int], which: Sequence[int] | None = None
+) -> Segments:
+  """Ids (B, N), as queries and as keys, of sequences one after the other.
+
+  which: the id of each; None: all their own.
+  """
+  ids = np.arange(len(lengths)) if which is None else np.asarray(which)
+  ids_N = np.repeat(ids.astype(np.int32), lengths)
   ids_BN = jnp.broadcast_to(ids_N, (batch, ids_N.size))
   return ids_BN, ids_BN
+
+
+def _head_ln(x_BNAK: jax.Array, name: str) -> jax.Array:
+  return nn.LayerNorm(epsilon=1e-5, name=name)(x_BNAK.astype(jnp.float32))
+
+
+def _head_rms(x_BNAK: jax.Array, name: str) -> jax.Array:
+  return nn.RMSNorm(epsilon=1e-6, name=name)(x_BNAK.astype(jnp.float32))
+
+
+def _full_rms(x_BNAK: jax.Array, name: str) -> jax.Array:
+  axes = (-2, -1)
+  norm = nn.RMSNorm(epsilon=1e-6, reduction_axes=axes, feature_axes=axes, name=name)
+  return norm(x_BNAK.astype(jnp.float32))
+
+
+# Norms of queries and keys in fp32, with a learned scale: over each head's channels, or
+# over all heads together.
+NORMS: dict[str, Callable[[jax.Array, str], jax.Array]] = {
+  "none": lambda x_BNAK, name: x_BNAK,
+  "head_ln": _head_ln,  # with a bias; REPA
+  "head_rms": _head_rms,  # Qwen-Image, FLUX
+  "full_rms": _full_rms,
+}
+
+
+def queries_keys_values(
+  x_BND: jax.Array,
+  heads: int,
+  norm: str,
+  dtype: Any,
+  angles_NP: np.ndarray | None = None,
+  bias: bool = True,
+  prefix: str = "",
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Each (B, N, A, K), of one fused projection, normed and rotated by position.
+
+  norm: a name in `NORMS`. angles: of each token's P = K / 2 pairs of channels. Called
+  within a module, whose parameters it names "<prefix>qkv", "<prefix>q_norm" and so on.
+  """
+  shape = (3, heads, x_BND.shape[-1] // heads)
+  project = linear(
+    shape, name=f"{prefix}qkv", dtype=dtype, bias_init=zeros if bias else None
+  )
+  qkv_BN3AK = project(x_BND)
+  q_BNAK, k_BNAK, v_BNAK = (qkv_BN3AK[:, :, i] for i in range(3))
+  q_BNAK = NORMS[norm](q_BNAK, f"{prefix}q_norm")
+  k_BNAK = NORMS[norm](k_BNAK, f"{prefix}k_norm")
+  if angles_NP is not None:
+    q_BNAK, k_BNAK = rotate(q_BNAK, angles_NP), rotate(k_BNAK, angles_NP)
+  return q_BNAK.astype(dtype), k_BNAK.astype(dtype), v_BNAK
 
 
 class SelfAttention(nn.Module):
   """Multi-head self-attention with one fused qkv projection.
 
-  `qk_norm` puts a LayerNorm over each head's channels (affine, eps 1e-5) on queries
-  and keys. `segments`: lengths of sequences that each attend to themselves alone.
+  norm, angles, bias: see `queries_keys_values`. ids: see `attention`.
   """
 
   heads: int
-  qk_norm: bool = False
+  norm: str = "none"
+  dtype: Any = jnp.float32
+  backend: str = "auto"
+  bias: bool = True
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BND: jax.Array,
+    ids: Segments | None = None,
+    angles_NP: np.ndarray | None = None,
+  ) -> jax.Array:
+    q_BNAK, k_BNAK, v_BNAK = queries_keys_values(
+      x_BND, self.heads, self.norm, self.dtype, angles_NP, self.bias
+    )
+    out_BNAK = attention(q_BNAK, k_BNAK, v_BNAK, ids, self.backend)
+    return linear(x_BND.shape[-1], name="out", dtype=self.dtype, inputs=2)(out_BNAK)
+
+
+class JointAttention(nn.Module):
+  """Self-attention over two streams in one sequence, text first (SD3, fig. 2).
+
+  Maps x (B, N, D) and text (B, M, D), each with weights of its own, to their outputs.
+  Positions rotate x alone. ids: of the joint sequence, see `attention`.
+  """
+
+  heads: int
+  norm: str = "none"
   dtype: Any = jnp.float32
   backend: str = "auto"
 
   @nn.compact
   def __call__(
-    self, x_BND: jax.Array, segments: Sequence[int] | None = None
-  ) -> jax.Array:
-    width = x_BND.shape[-1]
-    shape = (3, self.heads, width // self.heads)
-    qkv_BN3AK = linear(shape, name="qkv", dtype=self.dtype)(x_BND)
-    q_BNAK, k_BNAK, v_BNAK = (qkv_BN3AK[:, :, i] for i in range(3))
-    if self.qk_norm:
-      q_BNAK = nn.LayerNorm(epsilon=1e-5, name="q_norm")(q_BNAK.astype(jnp.float32))
-      k_BNAK = nn.LayerNorm(epsilon=1e-5, name="k_norm")(k_BNAK.astype(jnp.float32))
-    q_BNAK, k_BNAK = q_BNAK.astype(self.dtype), k_BNAK.astype(self.dtype)
-    ids = None if segments is None else segment_ids(x_BND.shape[0], segments)
-    out_BNAK = attention(q_BNAK, k_BNAK, v_BNAK, ids, self.backend)
-    return linear(width, name="out", dtype=self.dtype, inputs=2)(out_BNAK)
+    self,
+    x_BND: jax.Array,
+    text_BMD: jax.Array,
+    ids: Segments | None = None,
+    angles_NP: np.ndarray | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    form = (self.heads, self.norm, self.dtype)
+    both = [
+      queries_keys_values(text_BMD, *form, prefix="text_"),
+      queries_keys_values(x_BND, *form, angles_NP),
+    ]
+    q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*both, strict=True))
+    out_BLAK = attention(q, k, v, ids, self.backend)
+    text_BMAK, out_BNAK = jnp.split(out_BLAK, [text_BMD.shape[1]], axis=1)
+    kwargs = {"dtype": self.dtype, "inputs": 2}
+    x_BND = linear(x_BND.shape[-1], name="out", **kwargs)(out_BNAK)
+    return x_BND, linear(x_BND.shape[-1], name="text_out", **kwargs)(text_BMAK)
 
 
 class CrossAttention(nn.Module):

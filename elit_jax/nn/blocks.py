@@ -1,42 +1,221 @@
-"""Transformer blocks."""
+"""Transformer blocks: tokens, and text beside them where there is any, to the same.
+
+All are called alike: x (B, N, D), text (B, M, D) or None, condition c (B, C), and the
+angles (N, P) by which RoPE rotates, or None. With `segments`, the lengths of S
+sequences that make up N, each attends to itself alone under its own condition, c
+(B, S, C), and to its own text, which are S parts of M of equal lengths.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from elit_jax.nn.attention import SelfAttention
+from elit_jax.nn import attention
 from elit_jax.nn.mlp import Mlp
-from elit_jax.nn.modulation import Modulation, layer_norm, modulate
+from elit_jax.nn.modulation import Modulation, affine_norm, layer_norm, modulate
+
+Segments = Sequence[int] | None
+Both = tuple[jax.Array, jax.Array | None]
 
 
 class Block(nn.Module):
-  """adaLN-Zero block (DiT, fig. 3): (B, N, D) tokens under a (B, D) condition.
-
-  With `segments`, the lengths of S sequences that make up N, each attends to itself
-  alone, under its own condition of (B, S, D).
-  """
+  """adaLN-Zero block (DiT, fig. 3); text, if any, passes by."""
 
   heads: int
   mlp_ratio: float = 4.0
-  qk_norm: bool = False
+  qk_norm: str = "none"
   dtype: Any = jnp.float32
   backend: str = "auto"
 
   @nn.compact
   def __call__(
-    self, x_BND: jax.Array, c: jax.Array, segments: Sequence[int] | None = None
-  ) -> jax.Array:
+    self,
+    x_BND: jax.Array,
+    text_BMD: jax.Array | None,
+    c: jax.Array,
+    segments: Segments = None,
+    angles_NP: np.ndarray | None = None,
+  ) -> Both:
     width = x_BND.shape[-1]
     modulation = Modulation(6, width, self.dtype, name="modulation")
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(c, segments)
-    attn = SelfAttention(
+    attn = attention.SelfAttention(
       self.heads, self.qk_norm, self.dtype, self.backend, name="attn"
     )
     mlp = Mlp(int(width * self.mlp_ratio), width, dtype=self.dtype, name="mlp")
-    y_BND = attn(modulate(layer_norm(x_BND), shift_a, scale_a), segments)
+    ids = _ids(x_BND, segments)
+    y_BND = attn(modulate(layer_norm(x_BND), shift_a, scale_a), ids, angles_NP)
     x_BND = x_BND + gate_a * y_BND.astype(jnp.float32)
     y_BND = mlp(modulate(layer_norm(x_BND), shift_m, scale_m))
-    return x_BND + gate_m * y_BND.astype(jnp.float32)
+    return x_BND + gate_m * y_BND.astype(jnp.float32), text_BMD
+
+
+class PreNormBlock(nn.Module):
+  """U-ViT's block: affine LayerNorms, no modulation, qkv without bias, exact GELU.
+
+  Text and x are one sequence; c is not looked at.
+  """
+
+  heads: int
+  mlp_ratio: float = 4.0
+  qk_norm: str = "none"
+  dtype: Any = jnp.float32
+  backend: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BND: jax.Array,
+    text_BMD: jax.Array | None,
+    c: jax.Array,
+    segments: Segments = None,
+    angles_NP: np.ndarray | None = None,
+  ) -> Both:
+    width = x_BND.shape[-1]
+    h_BLD, ids, angles_LP = _join(x_BND, text_BMD, segments, angles_NP)
+    attn = attention.SelfAttention(
+      self.heads, self.qk_norm, self.dtype, self.backend, bias=False, name="attn"
+    )
+    mlp = Mlp(
+      int(width * self.mlp_ratio), width, dtype=self.dtype, tanh=False, name="mlp"
+    )
+    y_BLD = attn(affine_norm(h_BLD, "norm1"), ids, angles_LP)
+    h_BLD = h_BLD + y_BLD.astype(jnp.float32)
+    y_BLD = mlp(affine_norm(h_BLD, "norm2"))
+    return _part(h_BLD + y_BLD.astype(jnp.float32), text_BMD)
+
+
+class DualBlock(nn.Module):
+  """MM-DiT's block: weights for either stream, joint attention (SD3, fig. 2)."""
+
+  heads: int
+  mlp_ratio: float = 4.0
+  qk_norm: str = "none"
+  dtype: Any = jnp.float32
+  backend: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BND: jax.Array,
+    text_BMD: jax.Array | None,
+    c: jax.Array,
+    segments: Segments = None,
+    angles_NP: np.ndarray | None = None,
+  ) -> Both:
+    assert text_BMD is not None
+    width = x_BND.shape[-1]
+    of_x = Modulation(6, width, self.dtype, name="modulation")
+    of_text = Modulation(6, width, self.dtype, name="text_modulation")
+    x_chunks, text_chunks = of_x(c, segments), of_text(c, _texts(text_BMD, segments))
+    attn = attention.JointAttention(
+      self.heads, self.qk_norm, self.dtype, self.backend, name="attn"
+    )
+    ids = _ids(x_BND, segments, text_BMD)
+    both = attn(
+      modulate(layer_norm(x_BND), *x_chunks[:2]),
+      modulate(layer_norm(text_BMD), *text_chunks[:2]),
+      ids,
+      angles_NP,
+    )
+    streams = (("mlp", x_BND, x_chunks), ("text_mlp", text_BMD, text_chunks))
+    out = []
+    for (name, h, chunks), y in zip(streams, both, strict=True):
+      mlp = Mlp(int(width * self.mlp_ratio), width, dtype=self.dtype, name=name)
+      _, _, gate_a, shift_m, scale_m, gate_m = chunks
+      h = h + gate_a * y.astype(jnp.float32)
+      y = mlp(modulate(layer_norm(h), shift_m, scale_m))
+      out.append(h + gate_m * y.astype(jnp.float32))
+    return out[0], out[1]
+
+
+class SingleBlock(nn.Module):
+  """FLUX's block of one stream: text and x in one sequence, attention beside the MLP.
+
+  One linear layer takes both their results.
+  """
+
+  heads: int
+  mlp_ratio: float = 4.0
+  qk_norm: str = "none"
+  dtype: Any = jnp.float32
+  backend: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BND: jax.Array,
+    text_BMD: jax.Array | None,
+    c: jax.Array,
+    segments: Segments = None,
+    angles_NP: np.ndarray | None = None,
+  ) -> Both:
+    width = x_BND.shape[-1]
+    h_BLD, ids, angles_LP = _join(x_BND, text_BMD, segments, angles_NP)
+    modulation = Modulation(3, width, self.dtype, name="modulation")
+    texts = _texts(text_BMD, segments)
+    shift, scale, gate = modulation(c, segments and [*texts, *segments])
+    y_BLD = modulate(layer_norm(h_BLD), shift, scale)
+    attn = attention.SelfAttention(
+      self.heads, self.qk_norm, self.dtype, self.backend, name="attn"
+    )
+    # As one layer on both: a bias for both.
+    mlp = Mlp(
+      int(width * self.mlp_ratio), width, out_bias=False, dtype=self.dtype, name="mlp"
+    )
+    y_BLD = attn(y_BLD, ids, angles_LP) + mlp(y_BLD)
+    return _part(h_BLD + gate * y_BLD.astype(jnp.float32), text_BMD)
+
+
+# By the name that a stage has for them.
+BLOCKS: dict[str, type[nn.Module]] = {
+  "adaln": Block,
+  "prenorm": PreNormBlock,
+  "dual": DualBlock,
+  "single": SingleBlock,
+}
+
+
+def _texts(text_BMD: jax.Array | None, segments: Segments) -> Sequence[int]:
+  """Lengths of the text of each segment."""
+  if text_BMD is None or segments is None:
+    return ()
+  return (text_BMD.shape[1] // len(segments),) * len(segments)
+
+
+def _ids(
+  x_BND: jax.Array, segments: Segments, text_BMD: jax.Array | None = None
+) -> attention.Segments | None:
+  """Segments of x, behind those of text where there is any, as attention has them."""
+  if segments is None:
+    return None
+  lengths = [*_texts(text_BMD, segments), *segments]
+  which = [i % len(segments) for i in range(len(lengths))]
+  return attention.segment_ids(x_BND.shape[0], lengths, which)
+
+
+def _join(
+  x_BND: jax.Array,
+  text_BMD: jax.Array | None,
+  segments: Segments,
+  angles_NP: np.ndarray | None,
+) -> tuple[jax.Array, attention.Segments | None, np.ndarray | None]:
+  """Text and x as one sequence, its segments, and its angles: text is not rotated."""
+  ids = _ids(x_BND, segments, text_BMD)
+  if text_BMD is None:
+    return x_BND, ids, angles_NP
+  if angles_NP is not None:
+    angles_NP = np.pad(angles_NP, ((text_BMD.shape[1], 0), (0, 0)))
+  return jnp.concatenate([text_BMD, x_BND], axis=1), ids, angles_NP
+
+
+def _part(h_BLD: jax.Array, text_BMD: jax.Array | None) -> Both:
+  """x and text of a joint sequence."""
+  if text_BMD is None:
+    return h_BLD, None
+  tokens = text_BMD.shape[1]
+  return h_BLD[:, tokens:], h_BLD[:, :tokens]

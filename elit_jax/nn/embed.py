@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from elit_jax.nn.linear import linear, normal, xavier, zeros
-from elit_jax.nn.modulation import Modulation, layer_norm, modulate
+from elit_jax.nn.modulation import Modulation, affine_norm, layer_norm, modulate
 from elit_jax.nn.partition import whole
 from elit_jax.nn.position import timestep_features
 
@@ -80,6 +80,76 @@ class LabelEmbed(nn.Module):
   def __call__(self, label_B: jax.Array) -> jax.Array:
     table = self.param("table", normal, (self.classes + 1, self.width))
     return jnp.take(whole(table), label_B, axis=0, mode="clip")
+
+
+class PositionTable(nn.Module):
+  """Learned positions (N, D): N(0, 0.02) cut off at two deviations (U-ViT)."""
+
+  tokens: int
+  width: int
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    init = nn.initializers.truncated_normal(0.02)
+    return self.param("table", init, (self.tokens, self.width))
+
+
+class TextEmbed(nn.Module):
+  """Tokens of a prompt (B, M, E) to (B, M, D); `norm`: RMS norm before (Qwen-Image)."""
+
+  width: int
+  norm: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, text_BME: jax.Array) -> jax.Array:
+    if self.norm:
+      norm = nn.RMSNorm(epsilon=1e-6, name="norm")
+      text_BME = norm(text_BME.astype(jnp.float32))
+    out = linear(self.width, name="linear", dtype=self.dtype)(text_BME)
+    return out.astype(jnp.float32)
+
+
+class PromptTable(nn.Module):
+  """Learned tokens (M, E) of each class and of the null label: a stand-in for text."""
+
+  classes: int
+  tokens: int
+  width: int
+
+  @nn.compact
+  def __call__(self, label_B: jax.Array) -> jax.Array:
+    shape = (self.classes + 1, self.tokens * self.width)
+    table = self.param("table", nn.initializers.normal(1.0), shape)
+    rows = jnp.take(whole(table), label_B, axis=0, mode="clip")
+    return rows.reshape(-1, self.tokens, self.width)
+
+
+class VectorEmbed(nn.Module):
+  """One vector (B, E) to (B, D): Linear, SiLU, Linear; fp32 (FLUX's pooled text)."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, x_BE: jax.Array) -> jax.Array:
+    kwargs = {"dtype": jnp.float32, "init": normal}
+    hidden = linear(self.width, name="fc1", **kwargs)(x_BE)
+    return linear(self.width, name="fc2", **kwargs)(nn.silu(hidden))
+
+
+class PlainUnembed(nn.Module):
+  """Affine LayerNorm and linear layer (U-ViT): (B, N, D) to patches (B, N, P C)."""
+
+  patch: Sequence[int]
+  channels: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BND: jax.Array, c_BD: jax.Array) -> jax.Array:
+    out = linear((*self.patch, self.channels), name="linear", dtype=self.dtype)(
+      affine_norm(x_BND, "norm")
+    )
+    return out.reshape(*x_BND.shape[:2], -1).astype(jnp.float32)
 
 
 class Unembed(nn.Module):

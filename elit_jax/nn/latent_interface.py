@@ -57,7 +57,11 @@ class Read(nn.Module):
 
   heads: int
   window: Sequence[int]
-  positions: int
+  positions: int = 0
+  kind: str = "cross"
+  depth: int = 1
+  mlp_ratio: float = 1.0
+  chunks: int = 7
   dtype: Any = jnp.float32
   backend: str = "auto"
 
@@ -68,11 +72,10 @@ class Read(nn.Module):
     width, slots = x_BND.shape[-1], math.prod(self.window)
     query_ND = self.param("query", normal, (slots, width))
     slot_ND = self.param("slot_position", normal, (slots, width))
-    table = self.param("latent_position", normal, (self.positions, width))
 
     patches_BGND = group_tokens(x_BND, grid, self.window) + slot_ND[None, None]
-    # Seven chunks as in the released weights; the seventh is never used.
-    chunks = Modulation(7, width, self.dtype, name="modulation")(c_BD)
+    # The released weights have a seventh, which is never used.
+    chunks = Modulation(self.chunks, width, self.dtype, name="modulation")(c_BD)
     shift, scale, gate, shift_m, scale_m, gate_m = (
       chunk_B1D[:, None] for chunk_B1D in chunks[:6]
     )
@@ -89,8 +92,11 @@ class Read(nn.Module):
     latents_BGJD = query_1JD[None] + gate * y_BGJD
     y_BGJD = mlp(modulate(layer_norm(latents_BGJD), shift_m, scale_m))
     latents_BGJD = latents_BGJD + gate_m * y_BGJD.astype(jnp.float32)
-    position_1GND = group_tokens(table[None, : math.prod(grid)], grid, self.window)
-    return latents_BGJD + position_1GND[:, :, :count], patches_BGND
+    if self.positions:
+      table = self.param("latent_position", normal, (self.positions, width))
+      position_1GND = group_tokens(table[None, : math.prod(grid)], grid, self.window)
+      latents_BGJD = latents_BGJD + position_1GND[:, :, :count]
+    return latents_BGJD, patches_BGND
 
 
 class Write(nn.Module):
@@ -103,6 +109,8 @@ class Write(nn.Module):
   heads: int
   window: Sequence[int]
   depth: int = 1
+  kind: str = "cross"
+  mlp_ratio: float = 1.0
   dtype: Any = jnp.float32
   backend: str = "auto"
 

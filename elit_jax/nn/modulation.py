@@ -19,6 +19,12 @@ def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
   return (x - mean) * jax.lax.rsqrt(var + eps)
 
 
+def affine_norm(x: jax.Array, name: str, eps: float = 1e-5) -> jax.Array:
+  """LayerNorm with scale and bias, in fp32; called within a module."""
+  norm = nn.LayerNorm(epsilon=eps, use_fast_variance=False, name=name)
+  return norm(x.astype(jnp.float32))
+
+
 def rms_norm(x_BNAK: jax.Array, scale_AK: jax.Array, eps: float = 1e-5) -> jax.Array:
   """RMS norm over heads and channels together: x / (rms(x) + eps) * scale, in fp32.
 
@@ -36,10 +42,13 @@ def modulate(x_BND: jax.Array, shift_B1D: jax.Array, scale_B1D: jax.Array) -> ja
 
 
 def spread(x_BSD: jax.Array, segments: Sequence[int]) -> jax.Array:
-  """One vector a segment to one a token (B, N, D); `segments` are their lengths."""
-  batch, _, width = x_BSD.shape
+  """One vector a segment to one a token (B, N, D); `segments` are their lengths.
+
+  More than S lengths begin with the first vector again.
+  """
+  batch, count, width = x_BSD.shape
   parts = [
-    jnp.broadcast_to(x_BSD[:, i : i + 1], (batch, length, width))
+    jnp.broadcast_to(x_BSD[:, [i % count]], (batch, length, width))
     for i, length in enumerate(segments)
   ]
   return jnp.concatenate(parts, axis=1)

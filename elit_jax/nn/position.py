@@ -31,3 +31,39 @@ def timestep_features(t_B: jax.Array, count: int = 256) -> jax.Array:
   freqs = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
   angles = t_B.astype(jnp.float32)[:, None] * freqs[None]
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rope_angles(coordinates_N3: np.ndarray, width: int) -> np.ndarray:
+  """Angles (N, P) of the P = width / 2 pairs of a head's channels, at positions (N, 3).
+
+  Each axis turns pairs of its own, by position * 10000^(-i/q) for the i-th of its q
+  pairs (RoPE). Shares are even where they can be: 72 is 24 + 24 + 24 and 64 is 16 + 24
+  + 24 channels (systems.md sec. 1.8).
+  """
+  shares = rope_shares(width)
+  angles = [
+    position[:, None] * 10000.0 ** (-np.arange(q, dtype=np.float64) / q)
+    for position, q in zip(coordinates_N3.T, (s // 2 for s in shares), strict=True)
+  ]
+  return np.concatenate(angles, axis=1).astype(np.float32)
+
+
+def rope_shares(width: int) -> tuple[int, int, int]:
+  """Channels of a head that each axis of a position turns; ValueError if too few."""
+  if width % 2 or width < 6:
+    raise ValueError(
+      f"RoPE over three axes needs an even head width from 6, not {width}"
+    )
+  side = min(4 * -(-width // 12), 2 * ((width - 2) // 4))
+  return width - 2 * side, side, side
+
+
+def rotate(x_BNAK: jax.Array, angles_NP: np.ndarray) -> jax.Array:
+  """Each pair of channels (2i, 2i + 1) turned by its token's angle, in fp32."""
+  cos, sin = (
+    jnp.asarray(f(angles_NP, dtype=np.float32))[None, :, None] for f in (np.cos, np.sin)
+  )
+  x = x_BNAK.astype(jnp.float32)
+  a, b = x[..., 0::2], x[..., 1::2]
+  turned = jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  return turned.reshape(x.shape)

@@ -136,7 +136,7 @@ def model_of(tensors: Tensors, like: Model) -> Model:
         f"the width {width}"
       )
     heads = width // features
-  blocks = Blocks(depth, hidden / width, norm in tensors)
+  blocks = Blocks(depth, hidden / width, "head_ln" if norm in tensors else "none")
   model = dataclasses.replace(
     like,
     width=width,
@@ -159,7 +159,7 @@ def model_of(tensors: Tensors, like: Model) -> Model:
       )
     window = _window(slots, like)
     writes = count(rf"{re.escape(WRITE)}\.write_ff\.(\d+)\.")
-    model = elastic.elit(model, window, 0, 0, write_depth=max(writes, 1))
+    model = elastic.elit(model, window, 0, 0, write={"depth": max(writes, 1)})
     model = dataclasses.replace(
       model,
       trunk=tuple(
@@ -196,7 +196,7 @@ def facts(model: Model) -> dict[str, object]:
     "channels": model.channels,
     "output channels": model.out_channels,
     "classes": model.classes,
-    "QK-norm": any(stage.qk_norm for stage in blocks),
+    "QK-norm": any(stage.qk_norm != "none" for stage in blocks),
     "latents a group": math.prod(read.window) if isinstance(read, Read) else 0,
     "Write layers": write.depth if isinstance(write, Write) else 0,
     "projectors": len(tap.features) if isinstance(tap, Tap) else 0,
@@ -248,7 +248,8 @@ def table(model: Model) -> list[Entry]:
     match stage:
       case Blocks():
         for layer in range(stage.count):
-          rows += _block(f"blocks.{first + layer}", name, layer, stage.qk_norm)
+          normed = stage.qk_norm != "none"
+          rows += _block(f"blocks.{first + layer}", name, layer, normed)
         first += stage.count
       case Read():
         rows += _read(READ, name)

@@ -22,7 +22,7 @@ from small import (
 
 from elit_jax import surgery
 from elit_jax.budget import Budget
-from elit_jax.models import denoiser, elastic, presets, spec, stages
+from elit_jax.models import denoiser, elastic, flops, legal, presets, spec, stages
 from elit_jax.nn import latent_interface
 
 
@@ -106,7 +106,7 @@ def test_write_sees_dropped_latents_as_read_left_them():
   budget = Budget(2)
   core = jax.jit(functools.partial(denoiser.core, ELIT, budget=budget))
   stream = core(params_of(ELIT), head_stream(budget))
-  restored = stages.restore_latents(ELIT, stream, budget)
+  restored = stages.restore_latents(stream)
   assert restored.shape == (3, 4, 4, 32)
   np.testing.assert_array_equal(restored[:, :, 2:], stream.latents[:, :, 2:])
   np.testing.assert_array_equal(restored[:, :, :2].reshape(3, 8, 32), stream.x)
@@ -137,8 +137,8 @@ def test_sees_kept_computes_the_same_kept_latents_for_less():
   )
   assert head_stream(Budget(2), KEPT).latents.shape[2] == 2
   for budget in BUDGETS[:-1]:
-    assert spec.flops(KEPT, SHAPE, budget) < spec.flops(ELIT, SHAPE, budget)
-  assert spec.flops(KEPT, SHAPE) == spec.flops(ELIT, SHAPE)
+    assert flops.total(KEPT, SHAPE, budget) < flops.total(ELIT, SHAPE, budget)
+  assert flops.total(KEPT, SHAPE) == flops.total(ELIT, SHAPE)
 
 
 def test_latents_read_their_own_group_only():
@@ -249,7 +249,7 @@ def test_a_tap_changes_nothing_but_the_taps():
   assert [tap.shape for tap in out.taps] == [(3, 16, 5), (3, 16, 7)]
   plain = {name: part for name, part in params.items() if name != "tap"}
   np.testing.assert_allclose(out.velocity, run(ELIT, plain, Budget(2)), atol=1e-6)
-  assert spec.flops(model, SHAPE) == spec.flops(ELIT, SHAPE)
+  assert flops.total(model, SHAPE) == flops.total(ELIT, SHAPE)
   # Inside the core a tap cuts a span, and blocks keep their numbers.
   inside = elastic.tapped(ELIT, after=3, features=(5,), hidden=6)
   assert spec.names(inside.trunk) == [
@@ -294,7 +294,7 @@ def test_bfloat16_stays_close_and_returns_float32():
 
 @pytest.mark.parametrize("head,tail", [(0, 0), (0, 5), (5, 0), (2, 3), (0, 2), (3, 0)])
 def test_any_split_runs(head: int, tail: int):
-  model = elastic.elit(PLAIN, (4, 2), head, tail, write_depth=2)
+  model = elastic.elit(PLAIN, (4, 2), head, tail, write={"depth": 2})
   for budget in (Budget(1), Budget(8)):
     assert np.isfinite(run(model, params_of(model), budget)).all()
 
@@ -303,7 +303,7 @@ def test_video_grids_and_windows():
   model = presets.dit(SIZE, (1, 2, 2), channels=2, classes=3)
   model = elastic.elit(model, (2, 1, 2), head=1, tail=1)
   shape = (4, 4, 8, 2)  # 4 frames, a token grid of 4 x 2 x 4
-  assert spec.validate(model, shape) == (4, 2, 4)
+  assert legal.validate(model, shape) == (4, 2, 4)
   x = jax.random.normal(jax.random.key(1), (2, *shape))
   out = compiled(model, Budget(2))(
     params_of(model), x, jnp.ones(2), jnp.zeros(2, jnp.int32)

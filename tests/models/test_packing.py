@@ -12,10 +12,10 @@ from small import ELIT, KEPT, PLAIN, SHAPE, SIZE, inputs, params_of
 
 from elit_jax import sharding
 from elit_jax.budget import Budget
-from elit_jax.models import denoiser, elastic, presets, spec, stages
+from elit_jax.models import denoiser, elastic, flops, presets, spec, stages
 from elit_jax.nn import embed as nn_embed
 
-QK_NORM = presets.dit(SIZE, (1, 1), channels=2, classes=3, qk_norm=True)
+QK_NORM = presets.dit(SIZE, (1, 1), channels=2, classes=3, qk_norm="head_ln")
 
 
 def elit(model: spec.Model = PLAIN, window=(2, 2), head=1, **compute) -> spec.Model:
@@ -200,7 +200,7 @@ def test_a_packed_core_costs_what_it_multiplies(asked):
   params = denoiser.abstract_params(ELIT)
   streams = jax.eval_shape(lambda p: branches(ELIT, p, asked, inputs(1)), params)
   counted = products(jax.make_jaxpr(core)(params, streams).jaxpr)
-  assert spec.parts(ELIT, SHAPE, *asked).core == counted
+  assert flops.parts(ELIT, SHAPE, *asked).core == counted
 
 
 # --- times ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from elit_jax.budget import Budget, parse_budget
-from elit_jax.models import denoiser, elastic, presets, spec
+from elit_jax.models import denoiser, elastic, flops, presets, spec
 
 LATENTS = {256: (32, 32, 4), 512: (64, 64, 4)}
 GROUP = {256: (4, 4), 512: (8, 8)}
@@ -98,13 +98,13 @@ def test_flops_of_every_reference_table(parity_dir):
     name, pixels = re.match(r"(?:ELIT-)?([\w/-]+)@(\d+)", key).groups()
     pixels = int(pixels)
     if not key.startswith("ELIT"):
-      assert spec.flops(presets.preset(name), LATENTS[pixels]) == expected
+      assert flops.total(presets.preset(name), LATENTS[pixels]) == expected
       compared += 1
       continue
     head, tail = map(int, re.search(r"head=(\d+) tail=(\d+)", key).groups())
     model = elastic.elit(presets.preset(name), GROUP[pixels], head, tail)
     for j, value in expected.items():
-      assert spec.flops(model, LATENTS[pixels], Budget(int(j))) == value, (key, j)
+      assert flops.total(model, LATENTS[pixels], Budget(int(j))) == value, (key, j)
       compared += 1
   assert compared == 224
 
@@ -134,7 +134,7 @@ PUBLISHED_PAIRS = {
 def test_published_flop_integers(sixteenths: int):
   model = elit("SiT-XL/2", 256, "released")
   budget = spec.budget_for(model, LATENTS[256], sixteenths / 16)
-  pair = 2 * spec.flops(model, LATENTS[256], budget)
+  pair = 2 * flops.total(model, LATENTS[256], budget)
   assert pair == PUBLISHED_PAIRS[sixteenths]
 
 
@@ -149,12 +149,12 @@ GFLOPS = {
 @pytest.mark.parametrize("split", GFLOPS)
 def test_gflops_by_latents(split: str):
   model = elit("SiT-XL/2", 256, split)
-  ours = [spec.flops(model, LATENTS[256], Budget(j)) / 1e9 for j in range(1, 17)]
+  ours = [flops.total(model, LATENTS[256], Budget(j)) / 1e9 for j in range(1, 17)]
   assert [f"{g:.3f}" for g in ours] == GFLOPS[split].split()
 
 
 def training_tflops(model: spec.Model, pixels: int, budgets: list, batch: int) -> float:
-  mean = np.mean([spec.flops(model, LATENTS[pixels], b) for b in budgets])
+  mean = np.mean([flops.total(model, LATENTS[pixels], b) for b in budgets])
   return 3 * mean * batch / 1e12
 
 
@@ -212,7 +212,7 @@ GMACS = {
 @pytest.mark.parametrize("size,patch,pixels", GMACS)
 def test_gmacs_of_the_dit_paper(size: str, patch: int, pixels: int):
   published = GMACS[size, patch, pixels]
-  ours = spec.flops(presets.preset(f"DiT-{size}/{patch}"), LATENTS[pixels]) / 2e9
+  ours = flops.total(presets.preset(f"DiT-{size}/{patch}"), LATENTS[pixels]) / 2e9
   # Printed with two decimals: the smallest are rounded by more than 0.1 %.
   assert ours == pytest.approx(published, rel=1e-3, abs=0.0051)
 
@@ -228,8 +228,8 @@ def test_forty_step_curve():
     128: 16.66,
   }.items():
     budget = spec.budget_for(model, LATENTS[512], f"n{tokens}")
-    assert spec.core_tokens(model, LATENTS[512], budget) == tokens
-    ours = 40 * spec.flops(model, LATENTS[512], budget) / 1e12
+    assert flops.core_tokens(model, LATENTS[512], budget) == tokens
+    ours = 40 * flops.total(model, LATENTS[512], budget) / 1e12
     assert ours == pytest.approx(tflops, abs=0.0051)
 
 
@@ -243,7 +243,7 @@ def test_savings_of_cheap_guidance():
   ):
     model = elit("SiT-XL/2", pixels, split)
     full, low = (
-      sum(spec.parts(model, LATENTS[pixels], budget))
+      sum(flops.parts(model, LATENTS[pixels], budget))
       for budget in (Budget(), Budget(latents))
     )
     assert 100 * (1 - (full + low) / (2 * full)) == pytest.approx(saved, abs=0.051)
@@ -253,7 +253,7 @@ def test_savings_of_cheap_guidance():
 def test_savings_of_one_head_for_both_branches(split: str, saved: float):
   # What AutoGuidance with 16 and 1 latents computes once in place of twice.
   model = elit("SiT-XL/2", 256, split)
-  strong, weak = (spec.parts(model, LATENTS[256], Budget(j)) for j in (16, 1))
+  strong, weak = (flops.parts(model, LATENTS[256], Budget(j)) for j in (16, 1))
   shared = strong.embed + strong.head
   assert shared == weak.embed + weak.head
   assert 100 * shared / (sum(strong) + sum(weak)) == pytest.approx(saved, abs=0.051)
@@ -265,15 +265,15 @@ def test_parts_are_the_whole():
   for model, pixels in models:
     interface = spec.find(model, spec.Read) is not None
     budgets = (Budget(1), Budget(5), Budget()) if interface else (Budget(),)
-    alone = [spec.parts(model, LATENTS[pixels], budget) for budget in budgets]
+    alone = [flops.parts(model, LATENTS[pixels], budget) for budget in budgets]
     for budget, part in zip(budgets, alone, strict=True):
-      assert sum(part) == spec.flops(model, LATENTS[pixels], budget)
+      assert sum(part) == flops.total(model, LATENTS[pixels], budget)
       assert (part.head > 0) == (part.tail > 0) == interface
-    packed = spec.parts(model, LATENTS[pixels], *budgets)
+    packed = flops.parts(model, LATENTS[pixels], *budgets)
     assert packed._replace(core=0) == tuple(
       sum(column) for column in zip(*(p._replace(core=0) for p in alone), strict=True)
     )
-    lengths = [spec.core_tokens(model, LATENTS[pixels], b) for b in budgets]
+    lengths = [flops.core_tokens(model, LATENTS[pixels], b) for b in budgets]
     first, last = spec.seams(model)
     depth = sum(stage.count for stage in model.trunk[first:last])
     # Every token of one sequence meets those of the others.
@@ -284,7 +284,7 @@ def test_parts_are_the_whole():
 
 def test_cost_of_linear_layers_on_tokens():
   d, n, depth = 1152, 1024, 28
-  rows = spec.costs(presets.preset("DiT-XL/2"), LATENTS[512], Budget())
+  rows = flops.costs(presets.preset("DiT-XL/2"), LATENTS[512], Budget())
   embed, blocks, unembed = (row.flops - row.linear for row in rows)
   assert (embed, unembed) == (2 * (256 * d + d * d), 2 * d * 2 * d)
   assert blocks == depth * (2 * d * 6 * d + 4 * n * n * d)
@@ -295,7 +295,7 @@ def test_tflops_of_the_figure_on_caching():
   figures = {presets.preset("DiT-XL/2"): 37.44}
   figures |= {elit("DiT-XL/2", 512, split): 38.78 for split in elastic.SPLITS}
   for model, tflops in figures.items():
-    ours = 41 * spec.linear_flops(model, LATENTS[512]) / 1e12
+    ours = 41 * flops.linear(model, LATENTS[512]) / 1e12
     assert ours == pytest.approx(tflops, abs=0.005)
 
 

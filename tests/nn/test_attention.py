@@ -288,7 +288,7 @@ PATCHES, LATENTS = jnp.ones((B, G, SLOTS, D)), jnp.ones((B, G, COUNT, D))
 def layers(backend: str):
   """(module, arguments) of all that attends."""
   return {
-    "Block": (blocks.Block(HEADS, backend=backend), (X, C)),
+    "Block": (blocks.Block(HEADS, backend=backend), (X, None, C)),
     "Read": (
       latent_interface.Read(HEADS, WINDOW, 32, backend=backend),
       (X, C, GRID, COUNT),

@@ -126,7 +126,7 @@ def walk(
       before = stages.run_stage(model, stage, bare, stream, budget)
       seen |= {"after_head": tokens(), "read_latents_before_pos": before.latents}
     if isinstance(stage, Write):
-      restored = stages.restore_latents(model, stream, budget)
+      restored = stages.restore_latents(stream)
       seen |= {"after_core": tokens(), "restored_latents": restored}
     stream = stages.run_stage(model, stage, params[name], stream, budget)
     match stage:

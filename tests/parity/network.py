@@ -174,13 +174,13 @@ def image_model(golden: Golden) -> Model:
     channels=get("in_channels"),
     classes=get("num_classes"),
     mlp_ratio=get("mlp_ratio"),
-    qk_norm=get("qk_norm", False),
+    qk_norm="head_ln" if get("qk_norm", False) else "none",
   )
   head, tail = get("encoder_depth", 0), get("dit_decoder_depth", 0)
   group, write_depth = get("group_size"), get("elit_write_depth", 1)
   if get("enable_elit", golden.config["family"] == "elit"):
     window = reference.window_of(group, 2)
-    model = elastic.elit(model, window, head, tail, write_depth=write_depth)
+    model = elastic.elit(model, window, head, tail, write={"depth": write_depth})
   features, hidden = get("z_dims"), get("projector_dim", 2048)
   if get("enable_repa", False):
     model = elastic.tapped(model, head, features, hidden)

@@ -14,7 +14,7 @@ from elit_jax.ports import sit, tables
 
 ELIT = elastic.elit(presets.dit(presets.Size(3, 16, 2), classes=5), (2, 2), 1, 1)
 TAPPED = elastic.tapped(ELIT, 1, (6, 5), 8)
-PLAIN_QK = presets.dit(presets.Size(2, 16, 2), (4, 4), channels=3, qk_norm=True)
+PLAIN_QK = presets.dit(presets.Size(2, 16, 2), (4, 4), channels=3, qk_norm="head_ln")
 
 
 def random_params(model: Model) -> tables.Params:

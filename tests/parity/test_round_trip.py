@@ -70,7 +70,7 @@ def flags_of(arrays: Golden, model: Model, shape: tuple) -> list[str]:
   flags = {
     "model.preset": f"SiT-golden/{get('patch_size')}",
     "model.classes": model.classes,
-    "model.qk_norm": get("qk_norm", False),
+    "model.qk_norm": "head_ln" if get("qk_norm", False) else "",
     "data.shape": shape[1:],
   }
   if elastic:

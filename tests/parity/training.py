@@ -200,6 +200,6 @@ def _comparable(run: Run) -> tables.Params:
       ones[:, 1] = 0
     return ones
 
-  if any(isinstance(s, Blocks) and s.qk_norm for s in run.model.trunk):
+  if any(isinstance(s, Blocks) and s.qk_norm != "none" for s in run.model.trunk):
     return jax.tree.map(np.ones_like, run.params)
   return jax.tree_util.tree_map_with_path(mask, run.params)

@@ -12,7 +12,7 @@ from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, elastic, presets
 from elit_jax.ports import sit
 
-PLAIN = presets.dit(presets.Size(1, 16, 2), qk_norm=True, classes=3)
+PLAIN = presets.dit(presets.Size(1, 16, 2), qk_norm="head_ln", classes=3)
 MODELS = {
   "plain": PLAIN,
   "elit": elastic.elit(PLAIN, (2, 2), 1, 0),

@@ -12,7 +12,7 @@ from elit_jax import sample, sharding
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
-from elit_jax.models import denoiser, elastic, presets, spec
+from elit_jax.models import denoiser, elastic, flops, presets
 from elit_jax.sampling import cost, sampler
 from elit_jax.sampling.guidance import At
 from elit_jax.sampling.plan import Guidance, Phase
@@ -124,18 +124,18 @@ def test_equal_labels_share_a_head_and_nothing_else_does():
 
 
 def test_the_price_is_that_of_the_way():
-  parts = functools.partial(spec.parts, MODEL, SHAPE)
+  parts = functools.partial(flops.parts, MODEL, SHAPE)
   strong, weak = parts(FULL), parts(WEAK)
   both = sum(strong) + sum(weak)
 
-  def flops(guidance, way="auto", *, run=True):
+  def price(guidance, way="auto", *, run=True):
     form = form_of(dataclasses.replace(guidance, way=way))
     return cost.evaluation_flops(form, guided=True, run=run, parts=parts)
 
   cfg, ccfg = Guidance(2.0), Guidance(2.0, "null", WEAK)
   autog = Guidance(2.0, "same", WEAK)
-  assert flops(cfg) == flops(cfg, "calls") == 2 * sum(strong)
-  assert flops(ccfg) == both
+  assert price(cfg) == price(cfg, "calls") == 2 * sum(strong)
+  assert price(ccfg) == both
   packed = parts(FULL, WEAK).core
   assert packed > strong.core + weak.core  # a kernel that skips nothing
   for way, head, core in (
@@ -145,10 +145,10 @@ def test_the_price_is_that_of_the_way():
   ):
     embeds = 2 if way == "calls" else 1
     rest = embeds * strong.embed + 2 * (strong.tail + strong.unembed)
-    assert flops(autog, way) == rest + head + core, way
-  assert flops(ccfg, "packed") == both - strong.core - weak.core + packed
-  assert flops(ccfg, run=False) == 2 * (strong.embed + strong.unembed)
-  assert flops(autog, run=False) == strong.embed + 2 * strong.unembed
+    assert price(autog, way) == rest + head + core, way
+  assert price(ccfg, "packed") == both - strong.core - weak.core + packed
+  assert price(ccfg, run=False) == 2 * (strong.embed + strong.unembed)
+  assert price(autog, run=False) == strong.embed + 2 * strong.unembed
   plain = cost.evaluation_flops(form_of(ccfg), guided=False, run=True, parts=parts)
   assert plain == sum(strong)
 

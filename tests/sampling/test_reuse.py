@@ -11,7 +11,7 @@ import pytest
 from elit_jax import sample, sharding
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
-from elit_jax.models import spec
+from elit_jax.models import flops
 from elit_jax.sampling import cost, schedule
 from elit_jax.sampling.plan import Guidance, Phase, Reuse
 from elit_jax.sampling.schedule import decide
@@ -120,7 +120,7 @@ def test_what_is_reused_is_what_the_trunk_added():
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "sde"])
 def test_the_price_leaves_out_what_is_reused(solver):
-  parts = functools.partial(spec.parts, MODEL, SHAPE)
+  parts = functools.partial(flops.parts, MODEL, SHAPE)
   guidance = Guidance(2.0, "same", WEAK, low=0.2, high=0.7)
   plan = (phase(4, 0.5, budget=WEAK), phase(6, 0.7, guidance))
   decided = decide(plan, stepper(solver), LINEAR, steady)

@@ -12,7 +12,7 @@ import pytest
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
-from elit_jax.models import elastic, presets, spec
+from elit_jax.models import elastic, flops, presets
 from elit_jax.sampling import search
 from elit_jax.sampling.cost import plan_cost
 from elit_jax.sampling.plan import Guidance
@@ -21,7 +21,7 @@ from elit_jax.sampling.steppers import stepper
 
 LINEAR = process("linear")
 MODEL = elastic.elit(presets.preset("SiT-tiny/2"), (4, 4), 1, 1)
-PARTS = functools.partial(spec.parts, MODEL, (16, 16, 4))
+PARTS = functools.partial(flops.parts, MODEL, (16, 16, 4))
 RISING = tuple(Budget(k) for k in (1, 2, 4, 6, 8, 10, 12, 16))
 LEVELS = np.linspace(0.05, 0.95, 10)
 
@@ -221,7 +221,7 @@ def test_a_space_without_a_plan_is_refused():
 def test_many_budgets_become_a_ladder_with_both_ends():
   many = [Budget(k) for k in range(1, 65)]
   model = elastic.elit(presets.preset("SiT-tiny/2"), (8, 8), 1, 1)
-  price = functools.partial(spec.flops, model, (32, 32, 4))
+  price = functools.partial(flops.total, model, (32, 32, 4))
   found = search.ladder(many[::-1], price)
   assert len(found) == search.MOST_BUDGETS
   assert (found[0], found[-1]) == (Budget(1), Budget(64))

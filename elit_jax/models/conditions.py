@@ -1,0 +1,161 @@
+"""How time and label, or a prompt, enter a network."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from elit_jax.models.spec import Model
+from elit_jax.nn import embed
+from elit_jax.nn.position import timestep_features
+
+Params = Mapping[str, Any]
+
+
+class Prompt(NamedTuple):
+  """What an encoder gives for a batch: tokens (B, M, E), one pooled vector (B, P) and
+  the scale of a distilled guidance (B,), where the network takes them.
+  """
+
+  tokens: jax.Array
+  pooled: jax.Array | None = None
+  guidance: jax.Array | None = None
+
+
+# What a network is asked for: labels (B,), or prompts.
+Cond = jax.Array | Prompt
+
+
+class Condition(NamedTuple):
+  """A way for time and label to enter.
+
+  parts: Linen modules by their place in the parameters. time: embedding (B, D) in fp32
+  of times on the network's clock. run: to the condition of its blocks (B, D) and tokens
+  beside those of the sample (B, M, D), or None. unembed: from tokens to patches.
+  """
+
+  parts: Callable[[Model], dict[str, nn.Module]]
+  time: Callable[[Model, Params, jax.Array], jax.Array]
+  run: Callable[[Model, Params, jax.Array, Cond], tuple[jax.Array, jax.Array | None]]
+  unembed: type[nn.Module] = embed.Unembed
+
+
+def _apply(model: Model, params: Params, name: str, *args: jax.Array) -> jax.Array:
+  part = CONDITIONS[model.condition].parts(model)[name]
+  return part.apply({"params": params[name]}, *args)
+
+
+# --- adaLN (DiT): a sum that modulates ------------------------------------------------
+
+
+def _label_parts(model: Model) -> dict[str, nn.Module]:
+  time = embed.TimeEmbed(model.width)
+  return {"time": time, "label": embed.LabelEmbed(model.classes, model.width)}
+
+
+def _learned_time(model: Model, params: Params, clock_B: jax.Array) -> jax.Array:
+  return _apply(model, params, "time", clock_B)
+
+
+def _sum(
+  model: Model, params: Params, time_BD: jax.Array, label_B: Cond
+) -> tuple[jax.Array, None]:
+  assert not isinstance(label_B, Prompt)
+  return time_BD + _apply(model, params, "label", label_B), None
+
+
+# --- tokens (U-ViT): one for the label, one for the time ------------------------------
+
+
+def _token_parts(model: Model) -> dict[str, nn.Module]:
+  return {"label": embed.LabelEmbed(model.classes, model.width)}
+
+
+def _fixed_time(model: Model, params: Params, clock_B: jax.Array) -> jax.Array:
+  return timestep_features(clock_B, model.width)
+
+
+def _tokens(
+  model: Model, params: Params, time_BD: jax.Array, label_B: Cond
+) -> tuple[jax.Array, jax.Array]:
+  """The condition is for Read alone, which is modulated in every network."""
+  assert not isinstance(label_B, Prompt)
+  label_BD = _apply(model, params, "label", label_B)
+  return time_BD + label_BD, jnp.stack([label_BD, time_BD], axis=1)
+
+
+# --- text (MM-DiT): a stream of its own -----------------------------------------------
+
+
+def _text_parts(model: Model) -> dict[str, nn.Module]:
+  text, dtype = model.text, jnp.dtype(model.compute.dtype)
+  assert text is not None
+  parts: dict[str, nn.Module] = {"time": embed.TimeEmbed(model.width)}
+  parts["text"] = embed.TextEmbed(model.width, text.norm, dtype)
+  if text.table:
+    parts["prompt"] = embed.PromptTable(model.classes, text.tokens, text.width)
+  if text.pooled:
+    parts["pooled"] = embed.VectorEmbed(model.width)
+  if text.guidance:
+    parts["guidance"] = embed.TimeEmbed(model.width)
+  return parts
+
+
+def _prompts(
+  model: Model, params: Params, time_BD: jax.Array, cond: Cond
+) -> tuple[jax.Array, jax.Array]:
+  text = model.text
+  assert text is not None
+  if text.table:
+    assert not isinstance(cond, Prompt)
+    cond = Prompt(_apply(model, params, "prompt", cond))
+  assert isinstance(cond, Prompt)
+  c_BD = time_BD
+  if cond.guidance is not None:
+    c_BD += _apply(model, params, "guidance", 1000.0 * cond.guidance)
+  if cond.pooled is not None:
+    c_BD += _apply(model, params, "pooled", cond.pooled)
+  return c_BD, _apply(model, params, "text", cond.tokens)
+
+
+CONDITIONS: dict[str, Condition] = {
+  "modulation": Condition(_label_parts, _learned_time, _sum),
+  "tokens": Condition(_token_parts, _fixed_time, _tokens, embed.PlainUnembed),
+  "text": Condition(_text_parts, _learned_time, _prompts),
+}
+
+
+def extra_tokens(model: Model) -> int:
+  """Tokens beside those of the sample."""
+  return {"modulation": 0, "tokens": 2, "text": model.text.tokens if model.text else 0}[
+    model.condition
+  ]
+
+
+def example(model: Model, batch: int) -> Cond:
+  """A condition of zeros, of the right shapes."""
+  text = model.text
+  if text is None or text.table:
+    return jnp.zeros((batch,), jnp.int32)
+  return Prompt(
+    jnp.zeros((batch, text.tokens, text.width)),
+    jnp.zeros((batch, text.pooled)) if text.pooled else None,
+    jnp.zeros((batch,)) if text.guidance else None,
+  )
+
+
+def part_inputs(model: Model) -> dict[str, tuple[jax.Array, ...]]:
+  """What each part of the condition is initialised with."""
+  text = model.text
+  inputs: dict[str, tuple[jax.Array, ...]] = {
+    "time": (jnp.zeros((1,)),),
+    "label": (jnp.zeros((1,), jnp.int32),),
+    "prompt": (jnp.zeros((1,), jnp.int32),),
+    "guidance": (jnp.zeros((1,)),),
+  }
+  if text is not None:
+    inputs["text"] = (jnp.zeros((1, 1, text.width)),)
+    inputs["pooled"] = (jnp.zeros((1, max(text.pooled, 1))),)
+  return inputs

@@ -1,0 +1,217 @@
+"""FLOPs of a network, counted from its record: 2 a multiply-add of its products."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from elit_jax.budget import Budget
+from elit_jax.models import spec
+from elit_jax.models.layout import Layout, layouts
+from elit_jax.models.spec import Blocks, Down, Model, Read, Stage, Tap, Up, Write
+
+
+@dataclass(frozen=True)
+class Cost:
+  """A stage's tokens (that attention sees) and FLOPs in one forward pass of one sample.
+
+  FLOPs are 2 a multiply-add of matmuls, convolutions and attention, nothing else.
+  linear: those of them in linear layers on tokens, patches in and out among these;
+  not products of attention, nor what is computed once a sample from the condition.
+  """
+
+  name: str
+  tokens: int
+  flops: int
+  linear: int
+
+
+class Parts(NamedTuple):
+  """FLOPs of the five functions of a network for one sample.
+
+  The head includes Read and the tail Write; both are 0 where there is no interface.
+  """
+
+  embed: int
+  head: int
+  core: int
+  tail: int
+  unembed: int
+
+
+class Spent(NamedTuple):
+  """FLOPs of a stage: in linear layers on tokens, and all else."""
+
+  linear: int
+  other: int
+
+
+def costs(model: Model, shape: Sequence[int], budget: Budget) -> list[Cost]:
+  """Cost of every stage of one forward pass, embedding and unembedding included.
+
+  Taps are left out: a forward pass that samples does not compute them.
+  """
+  places = layouts(model, spec.grid_of(model, shape), budget)
+  n, d = places[0].length, model.width
+  patch = 2 * n * d * math.prod(model.patch)
+  once = CONDITION[model.condition](model)
+  rows = [Cost("embed", n, patch * model.channels + once, patch * model.channels)]
+  named = zip(spec.names(model.trunk), places[1:], strict=True)
+  for i, (name, after) in enumerate(named):
+    linear, other = _stage(model, i, budget, [places[i]])
+    rows.append(Cost(name, after.length, linear + other, linear))
+  out = patch * model.out_channels
+  last = 0 if model.condition == "tokens" else 4 * d * d
+  return [*rows, Cost("unembed", n, last + out, out)]
+
+
+def total(model: Model, shape: Sequence[int], budget: Budget = Budget()) -> int:
+  """FLOPs of one forward pass of one sample of `shape` (*space, channels)."""
+  return sum(cost.flops for cost in costs(model, shape, budget))
+
+
+def linear(model: Model, shape: Sequence[int], budget: Budget = Budget()) -> int:
+  """FLOPs of the trunk's linear layers on tokens, in one forward pass of one sample.
+
+  The cost axis of ELIT's figure on TeaCache, which counts what the cache wraps: neither
+  patches in nor patches out.
+  """
+  return sum(cost.linear for cost in costs(model, shape, budget)[1:-1])
+
+
+def parts(model: Model, shape: Sequence[int], *budgets: Budget) -> Parts:
+  """FLOPs of a forward pass by part; of several budgets, packed in the core.
+
+  Packed, every token meets every other in attention, which is what a kernel computes
+  that skips nothing; all else is the sum over the budgets.
+  """
+  first, last = spec.seams(model)
+  columns = [costs(model, shape, budget) for budget in budgets]
+  # The same stage at every budget.
+  embed, *trunk, unembed = (
+    sum(cost.flops for cost in row) for row in zip(*columns, strict=True)
+  )
+  grid = spec.grid_of(model, shape)
+  places = [layouts(model, grid, budget) for budget in budgets]
+  packed = list(zip(*places, strict=True))
+  core = sum(sum(_stage(model, i, budgets[0], packed[i])) for i in range(first, last))
+  return Parts(embed, sum(trunk[:first]), core, sum(trunk[last:]), unembed)
+
+
+def core_tokens(model: Model, shape: Sequence[int], budget: Budget) -> int:
+  """Tokens that enter the core."""
+  places = layouts(model, spec.grid_of(model, shape), budget)
+  return places[spec.seams(model)[0]].length
+
+
+def _stage(model: Model, index: int, budget: Budget, places: Sequence[Layout]) -> Spent:
+  """FLOPs of a stage on sequences packed as one, which enter it so."""
+  stage: Stage = model.trunk[index]
+  c, d = model.width, model.width * spec.scales(model.trunk)[index]
+  n = sum(place.length for place in places)
+  match stage:
+    case Blocks():
+      text = (model.text.tokens if model.text else 0) + 2 * (
+        model.condition == "tokens"
+      )
+      return _blocks(stage, c, d, n, text * len(places), len(places))
+    case Down() | Up():
+      # On the coarse side: as many numbers in as the fine tokens have, or out.
+      fine = math.prod(stage.factor) * (
+        d if isinstance(stage, Down) else d // stage.widen
+      )
+      coarse = d * stage.widen if isinstance(stage, Down) else d
+      cells = n // math.prod(stage.factor) if isinstance(stage, Down) else n
+      return Spent(2 * cells * fine * coarse, 0)
+    case Read():
+      j = spec.computed(model, stage, budget)
+      return read_cost(stage, c, d, n, j)
+    case Write():
+      tokens = _tokens_of(model, places[0])
+      return write_cost(stage, d, tokens, _seen(model, budget))
+    case Tap():
+      return Spent(0, 0)
+
+
+def _tokens_of(model: Model, latents: Layout) -> int:
+  """Tokens that Write updates, whose groups these latents are of."""
+  return math.prod(latents.cells) * latents.slots
+
+
+def _seen(model: Model, budget: Budget) -> int:
+  read = spec.find(model, Read)
+  return spec.computed(model, read, budget) if isinstance(read, Read) else 0
+
+
+# Of one block on n tokens and m of text, of width d, under a condition of width c that
+# each of s sequences has of its own: linear layers, products of attention, modulation.
+
+
+def _adaln(n: int, m: int, d: int, f: int, c: int, s: int) -> tuple[int, int, int]:
+  return n * (8 * d * d + 4 * d * f), 4 * n * n * d, 12 * c * d * s
+
+
+def _prenorm(n: int, m: int, d: int, f: int, c: int, s: int) -> tuple[int, int, int]:
+  return (n + m) * (8 * d * d + 4 * d * f), 4 * (n + m) ** 2 * d, 0
+
+
+def _dual(n: int, m: int, d: int, f: int, c: int, s: int) -> tuple[int, int, int]:
+  return (n + m) * (8 * d * d + 4 * d * f), 4 * (n + m) ** 2 * d, 24 * c * d * s
+
+
+def _single(n: int, m: int, d: int, f: int, c: int, s: int) -> tuple[int, int, int]:
+  return (n + m) * (8 * d * d + 4 * d * f), 4 * (n + m) ** 2 * d, 6 * c * d * s
+
+
+BLOCKS: dict[str, Callable[..., tuple[int, int, int]]] = {
+  "adaln": _adaln,
+  "prenorm": _prenorm,
+  "dual": _dual,
+  "single": _single,
+}
+
+
+def _blocks(stage: Blocks, c: int, d: int, n: int, m: int, s: int) -> Spent:
+  f = int(d * stage.mlp_ratio)
+  linear, attention, modulation = BLOCKS[stage.kind](n, m, d, f, c, s)
+  skip = 4 * (n + m) * d * d if stage.pop else 0
+  return Spent(stage.count * (linear + skip), stage.count * (attention + modulation))
+
+
+def read_cost(stage: Read, c: int, d: int, n: int, j: int) -> Spent:
+  """FLOPs of Read on n tokens of width d, when it computes j latents a group."""
+  slots = math.prod(stage.window)
+  latents = n // slots * j
+  mlp = int(4 * stage.mlp_ratio * d * d)
+  linear = 4 * n * d * d + latents * (4 * d * d + mlp)
+  other = 2 * stage.chunks * c * d + 4 * n * j * d
+  return Spent(stage.depth * linear, stage.depth * other)
+
+
+def write_cost(stage: Write, d: int, n: int, j: int) -> Spent:
+  """FLOPs of Write on n tokens of width d, when it sees j latents a group."""
+  latents = n // math.prod(stage.window) * j
+  mlp = int(4 * stage.mlp_ratio * d * d)
+  linear = n * (4 * d * d + mlp) + 4 * latents * d * d
+  return Spent(stage.depth * linear, stage.depth * 4 * n * j * d)
+
+
+def _time(model: Model) -> int:
+  """Of time's two layers."""
+  return 2 * (256 * model.width + model.width**2)
+
+
+def _text(model: Model) -> int:
+  """Of all that a prompt and a time become before the first block."""
+  text, d = model.text, model.width
+  assert text is not None
+  pooled = 2 * (text.pooled * d + d * d) if text.pooled else 0
+  prompt = 2 * text.tokens * text.width * d
+  return _time(model) * (2 if text.guidance else 1) + pooled + prompt
+
+
+CONDITION: dict[str, Callable[[Model], int]] = {
+  "modulation": _time,
+  "tokens": lambda model: 0,
+  "text": _text,
+}
