@@ -132,25 +132,22 @@ def mmdit(
   return _model(size, patch, trunk, own | rest)
 
 
-# Qwen-Image and FLUX.1 by their shapes: 20,430,401,088, 11,901,408,320 (dev) and
-# 11,891,178,560 (schnell) parameters.
-QWEN_IMAGE = mmdit(
-  Size(60, 3072, 24),
-  text=Text(64, 3584, norm=True),
-  dual=60,
-  channels=16,
-  out_channels=16,
-)
-FLUX_DEV = mmdit(
-  Size(57, 3072, 24),
-  text=Text(512, 4096, pooled=768, guidance=True),
-  dual=19,
-  channels=16,
-  out_channels=16,
-)
-FLUX_SCHNELL = dataclasses.replace(
-  FLUX_DEV, text=Text(256, 4096, pooled=768, guidance=False)
-)
+def qwen_image(tokens: int = 64) -> Model:
+  """Qwen-Image by its shapes: 60 dual blocks; 20,430,401,088 parameters."""
+  text = Text(tokens, 3584, norm=True)
+  fields = {"channels": 16, "out_channels": 16}
+  return mmdit(Size(60, 3072, 24), text=text, dual=60, **fields)
+
+
+def flux(tokens: int = 512, *, guidance: bool = True) -> Model:
+  """FLUX.1 by its shapes: 19 dual and 38 single blocks.
+
+  11,901,408,320 parameters with the embedding of a guidance scale (dev), 11,891,178,560
+  without (schnell).
+  """
+  text = Text(tokens, 4096, pooled=768, guidance=guidance)
+  fields = {"channels": 16, "out_channels": 16}
+  return mmdit(Size(57, 3072, 24), text=text, dual=19, **fields)
 
 
 def _split(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from elit_jax.budget import Budget
 from elit_jax.flow import matching
-from elit_jax.models import denoiser, elastic, presets
+from elit_jax.models import denoiser, elastic, legal, presets
 from elit_jax.models.spec import (
   Grid,
   Model,
@@ -22,7 +22,6 @@ from elit_jax.models.spec import (
   budget_for,
   find,
   names,
-  validate,
 )
 from elit_jax.nn.position import sincos_table
 from elit_jax.ports import sit, tables
@@ -197,7 +196,7 @@ def build_image(golden: Golden, report: Report) -> Run:
     report.expect(given == value, f"config: {name} is {given}, only {value} is known")
   shape = channels_last(golden["in/x"]).shape
   report.expect(shape[1:3] == (side, side), f"in/x: input_size is {side}, not {shape}")
-  grid = validate(model, shape[1:])
+  grid = legal.validate(model, shape[1:])
   tensors = {name: golden[f"param/{name}"] for name in golden.under("param/")}
   position = tensors.pop(sit.POSITION_TABLE)
   table_1ND = sincos_table(grid, width)[None]
@@ -214,7 +213,7 @@ def build_interface(golden: Golden, report: Report) -> Run:
   trunk = (Read(window), Write(window, get("elit_write_depth", 1)))
   patch = (1,) * len(grid)
   model = Model(get("hidden_size"), get("num_heads"), trunk, patch)
-  validate(model, (*grid, model.channels))
+  legal.validate(model, (*grid, model.channels))
   rows = [row for row in sit.table(model) if row.path[0] in names(trunk)]
   tensors = {name: golden[f"param/{name}"] for name in golden.under("param/")}
   params, table = _import(model, rows, tensors, report)
