@@ -13,8 +13,8 @@ import pytest
 
 from elit_jax import config as config_lib
 from elit_jax import sample, sharding
-from elit_jax.models import presets
-from elit_jax.models.spec import Model, Tap, validate
+from elit_jax.models import legal, presets
+from elit_jax.models.spec import Model, Tap
 from elit_jax.ports import files, sit
 
 from . import forward, golden
@@ -44,7 +44,7 @@ def assert_same(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -
 def assert_outputs(arrays: Golden, model: Model, shape: tuple, params: dict) -> None:
   """The first of the golden file, within the tolerance of its README."""
   params = jax.tree.map(jnp.asarray, params)
-  run = Run(model, params, [], validate(model, shape[1:]), shape[1:], shape[0])
+  run = Run(model, params, [], legal.validate(model, shape[1:]), shape[1:], shape[0])
   report = Report()
   forward.check_outputs(arrays, report, run, slice(1))
   report.settle()
@@ -53,7 +53,7 @@ def assert_outputs(arrays: Golden, model: Model, shape: tuple, params: dict) -> 
 
 def test_round_trip(golden_path: pathlib.Path, tmp_path: pathlib.Path) -> None:
   arrays, model, shape, tensors = open_network(golden_path)
-  grid = validate(model, shape[1:])
+  grid = legal.validate(model, shape[1:])
   paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
   files.write(paths[0], tensors)
   params = sit.from_tensors(model, grid, files.read(paths[0]))
@@ -127,6 +127,6 @@ def test_a_wrong_bit_would_be_seen(
   with pytest.raises(AssertionError, match=name):
     assert_same(spoiled, tensors)
   turned = tensors | {"t_embedder.mlp.2.weight": tensors["t_embedder.mlp.2.weight"].T}
-  params = sit.from_tensors(model, validate(model, shape[1:]), turned)
+  params = sit.from_tensors(model, legal.validate(model, shape[1:]), turned)
   with pytest.raises(AssertionError, match="off by"):
     assert_outputs(arrays, model, shape, params)
