@@ -111,8 +111,7 @@ class DualBlock(nn.Module):
     width = x_BND.shape[-1]
     of_x = Modulation(6, width, self.dtype, name="modulation")
     of_text = Modulation(6, width, self.dtype, name="text_modulation")
-    texts = segments and _texts(text_BMD, segments)
-    x_chunks, text_chunks = of_x(c, segments), of_text(c, texts)
+    x_chunks, text_chunks = of_x(c, segments), of_text(c, _texts(text_BMD, segments))
     attn = attention.JointAttention(
       self.heads, self.qk_norm, self.dtype, self.backend, name="attn"
     )
