@@ -303,6 +303,7 @@ PARAMETERS = (
     ("6 chunks",),
   ),
   Row("HDiT-XL/2", 1.4e9, _count(HDIT, LATENTS[512]), 3e-2, ("8/20",)),
+  Row("HDiT-XL/2, text", 1.4e9, _count(HDIT_TEXT, LATENTS[512]), 3e-2, ("6/22",)),
   Row("HDiT, smaller", 703e6, _count(HDIT_SMALL, LATENTS[512]), 3e-2, ("4/10 of 14",)),
   *(
     Row(
