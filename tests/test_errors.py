@@ -54,6 +54,20 @@ CASES = {
     ("--config.optim.lr=1", BASE, DESCRIBE), ("config.optim.lr", "after --config")
   ),
   "two configs": Case((BASE, DIGITS, DESCRIBE), ("2 times", "one config")),
+  "unknown table": Case((DESCRIBE, "--table=elti"), ("'elti'", "Known: elit")),
+  "no table": Case((DESCRIBE, "--table="), ("unknown table ''", "Known: elit")),
+  "table and config": Case(
+    (BASE, DESCRIBE, "--table=elit"), ("--table=elit", "--config does nothing")
+  ),
+  "table and budgets": Case(
+    (DESCRIBE, "--table=elit", "--budgets=k4"), ("--budgets does nothing",)
+  ),
+  "table of a run": Case(
+    (DESCRIBE, "--table=elit", "--workdir={tmp}"), ("--workdir does nothing",)
+  ),
+  "table of no description": Case(
+    (BASE, TRAIN, "--table=elit"), ("--table", "--mode=describe")
+  ),
   "no workdir": Case((BASE, TRAIN), ("--workdir is missing",)),
   "empty workdir": Case((BASE, TRAIN, "--workdir="), ("--workdir is missing",)),
   "unknown mode": Case((BASE, "--mode=trian"), ("'trian'", "train")),
