@@ -42,7 +42,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 106
+MOST_LEAVES = 116
 
 
 class Knob(NamedTuple):
@@ -53,7 +53,7 @@ class Knob(NamedTuple):
   beside: Mapping[str, Any] = MappingProxyType({})
 
 
-PART = {"window": (2, 2), "head": 1, "tail": 1, "write_depth": 1, "sees": "all"}
+PART = base.elit((2, 2), 1, 1).to_dict()
 ELIT = {"elit": PART, "budgets": ("k4", "k1")}
 GUIDED = {"guidance.scale": 2.0}
 
@@ -83,6 +83,7 @@ KNOBS = {
   "model.preset": Knob("SiT-tiny/4", "step sampling"),
   "model.classes": Knob(11, "step sampling"),
   "model.qk_norm": Knob("head_ln", "step sampling"),
+  "model.positions": Knob("rope", "step sampling"),
   "model.dtype": Knob("bfloat16", "step sampling"),
   "model.remat": Knob("full", "step"),
   "model.attention": Knob("splash", "choice"),
