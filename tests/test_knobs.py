@@ -42,7 +42,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 106
+MOST_LEAVES = 110
 
 
 class Knob(NamedTuple):
@@ -54,6 +54,8 @@ class Knob(NamedTuple):
 
 
 PART = {"window": (2, 2), "head": 1, "tail": 1, "write_depth": 1, "sees": "all"}
+PART |= {"read": "cross", "read_depth": 1, "write": "cross", "mlp_ratio": 1.0}
+PART |= {"cross": "drop"}
 ELIT = {"elit": PART, "budgets": ("k4", "k1")}
 GUIDED = {"guidance.scale": 2.0}
 
@@ -175,7 +177,11 @@ KNOBS = {
   "elit.window": Knob((4, 4), "step sampling", ELIT),
   "elit.head": Knob(2, "step sampling", ELIT),
   "elit.tail": Knob(2, "step sampling", ELIT),
+  "elit.read": Knob("qformer", "step sampling", ELIT),
+  "elit.read_depth": Knob(2, "step sampling", ELIT),
+  "elit.write": Knob("self", "step sampling", ELIT),
   "elit.write_depth": Knob(2, "step sampling", ELIT),
+  "elit.mlp_ratio": Knob(4.0, "step sampling", ELIT),
   "elit.sees": Knob("kept", "step sampling", ELIT | {"sample.budgets": ("k1",)}),
 }
 
