@@ -176,7 +176,11 @@ KNOBS = {
   "elit.window": Knob((4, 4), "step sampling", ELIT),
   "elit.head": Knob(2, "step sampling", ELIT),
   "elit.tail": Knob(2, "step sampling", ELIT),
+  "elit.read": Knob("qformer", "step sampling", ELIT),
+  "elit.read_depth": Knob(2, "step sampling", ELIT),
+  "elit.write": Knob("self", "step sampling", ELIT),
   "elit.write_depth": Knob(2, "step sampling", ELIT),
+  "elit.mlp_ratio": Knob(4.0, "step sampling", ELIT),
   "elit.sees": Knob("kept", "step sampling", ELIT | {"sample.budgets": ("k1",)}),
 }
 
