@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASE = (
   "--config=configs/base.py",
   "--config.model.preset=OriginalUViT-tiny/2",
-  "--config.flow.path=ddpm",
+  "--config.flow.path=sd",
 )
 TINY = presets.preset("OriginalUViT-tiny/2", channels=1, classes=10, space=(8, 8))
 GRID = (4, 4)
