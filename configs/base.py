@@ -51,7 +51,8 @@ def get_config() -> ConfigDict:
       "budgets": ("100%",),
       "budget_weights": (),
       "flow": {
-        # linear | cosine | vp | ddpm (DiT's thousand steps, which its presets need)
+        # linear | cosine | vp | ddpm (DiT's thousand steps, which its presets need) |
+        # sd (Stable Diffusion's, for the weights of U-ViT's authors)
         "path": "linear",
         "time": "logit_normal",  # uniform | logit_normal
         # Of those times towards noise: t' = s t / (1 + (s - 1) t). A number (1: none) |
