@@ -123,7 +123,7 @@ def importance(stored: Stored, arrays: Arrays) -> Figure:
   """Loss, and how far the prediction moves, by the number of latents that are left."""
   panels: Sequence[tuple[str, str, str]] = (
     ("loss", "gap_error", "loss  (lower is better)"),
-    ("moved", "moved_error", "squared distance from all latents' prediction"),
+    ("moved", "moved_error", "squared distance from the full prediction"),
   )
   made, found = drawing.panels(
     len(panels), f"What latents are worth: step {stored['step']}", (5.0, 3.8)
@@ -147,7 +147,7 @@ def importance(stored: Stored, arrays: Arrays) -> Figure:
     axes.set_xlabel("J, latents of each group that are left")
     axes.set_ylabel(title)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: drawing.number(y)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.6g}"))
   drawing.subtitle(
     found[0],
     f"{stored['images']} held-out images, {len(stored['levels'])} noise levels",
