@@ -5,6 +5,7 @@ programs: jax writes them without a lock, so that one could read the other's hal
 """
 
 import fcntl
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -13,10 +14,11 @@ import sys
 from collections.abc import Callable
 
 # Most of the tests' time is compiling, which LLVM's optimiser and XLA's newer emitters
-# make four times as long.
+# make four times as long, and cutting a program into parts a fifth longer.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # unknown flags abort
   _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+  _FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 # Set in the environment, so that programs started by a test inherit both.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["ELIT_FLAGS_TRIED"] = os.environ["XLA_FLAGS"]
@@ -29,6 +31,8 @@ from digits_run import DIGITS_RUN
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Else every operation that is lowered asks where it was written.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -117,6 +121,15 @@ def digits_run(
     run_main(*DIGITS_RUN, f"--workdir={folder / 'run'}", "--mode=train")
 
   return made_once("digits", make) / "run"
+
+
+def pytest_collection_finish() -> None:
+  """What is loaded by now stays: to look through it for garbage again and again takes
+  a sixth of the time of tests that trace.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
