@@ -5,13 +5,14 @@ programs: jax writes them without a lock, so that one could read the other's hal
 """
 
 import fcntl
+import functools
 import gc
 import importlib.metadata
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Most of the tests' time is compiling, which LLVM's optimiser and XLA's newer emitters
 # make four times as long, and cutting a program into parts a fifth longer.
@@ -48,6 +49,28 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> None:
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shapes() -> Iterator[None]:
+  """The shapes of a network's parameters are found once, by tracing its init: every
+  mode and every reader of weights asks for them anew.
+  """
+  from elit_jax.models import denoiser, inception, vae
+  from elit_jax.ports import inception as inception_port
+  from elit_jax.ports import vae as vae_port
+
+  def once(find: Callable) -> Callable:
+    kept = functools.cache(find)
+    # In new dicts each time, as if they had been found again.
+    return lambda *network: jax.tree.map(lambda leaf: leaf, kept(*network))
+
+  with pytest.MonkeyPatch.context() as patch:
+    for homes in ((denoiser,), (vae, vae_port), (inception, inception_port)):
+      found = once(homes[0].abstract_params)
+      for home in homes:
+        patch.setattr(home, "abstract_params", found)
+    yield
 
 
 @pytest.fixture(scope="session")
