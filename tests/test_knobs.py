@@ -42,7 +42,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 106
+MOST_LEAVES = 107
 
 
 class Knob(NamedTuple):
@@ -91,6 +91,7 @@ KNOBS = {
   "data.source": Knob("digits", "data"),
   "data.path": Knob("elsewhere", "preparing", PIXELS),
   "data.shape": Knob((4, 4, 1), "step data"),
+  "data.spread": Knob("real", "step data sampling evaluation"),
   "data.vae": Knob("tiny", "step", {"data.shape": (8, 8, 4)}),
   "data.dtype": Knob("uint8", "step"),
   "budgets": Knob(("k4", "k2"), "budgets step", ELIT),
