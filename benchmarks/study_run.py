@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 
 import jax
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 import main as program
@@ -62,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
   workdir, compiled, *words = argv
   leave_with_parent()
   preemption.install()
+  logging.use_absl_handler()
   program.set_up_logging()
   environment.check_flags()
   if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]

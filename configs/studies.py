@@ -46,7 +46,8 @@ class Study(NamedTuple):
   """A question, the variants that answer it, and what each of them may cost.
 
   steps: of every variant or, where `equal` is "flops", of the first: all others get as
-  many training FLOPs as that one has.
+  many training FLOPs as that one has. points: of the curve of quality, the last of them
+  after all steps.
   """
 
   asks: str
@@ -54,6 +55,7 @@ class Study(NamedTuple):
   equal: str
   steps: int
   seeds: int = 3
+  points: int = 1
 
 
 INTERFACE: Mapping[str, Any] = MappingProxyType({})
@@ -73,7 +75,8 @@ STUDIES: Mapping[str, Study] = {
       "hdit-elit": Variant("HDiT", INTERFACE),
     },
     equal="flops",
-    steps=1000,
+    steps=800,
+    points=3,
   ),
   "ablations": Study(
     "Which Read and Write (ELIT, table 6)?",
@@ -87,7 +90,7 @@ STUDIES: Mapping[str, Study] = {
       "mlp-4": Variant(elit={"mlp_ratio": 4.0}),
     },
     equal="steps",
-    steps=1000,
+    steps=500,
   ),
   "joint": Study(
     "Does one model of all budgets reach models of one budget each (ELIT, table 8)?",
@@ -98,7 +101,7 @@ STUDIES: Mapping[str, Study] = {
       "alone-25": Variant(elit=INTERFACE, budgets=JOINT[2:]),
     },
     equal="steps",
-    steps=1000,
+    steps=800,
   ),
   "synthetic": Study(
     "Four times the tokens, three of four empty: who gains by them?",
@@ -111,7 +114,7 @@ STUDIES: Mapping[str, Study] = {
       "elit-patch1": Variant(elit=INTERFACE, patch=1),
     },
     equal="steps",
-    steps=500,
+    steps=300,
   ),
 }
 
@@ -163,9 +166,9 @@ def _digits() -> ConfigDict:
   config.train.preview_every = 0
   config.optim.lr = 1e-3
   config.checkpoint.every, config.checkpoint.keep = 500, 1
-  config.sample.steps, config.sample.batch_size = 20, 100
+  config.sample.steps, config.sample.batch_size = 12, 100
   config.eval.rows = ("budgets",)
-  config.eval.count, config.eval.draws = 500, 4
+  config.eval.count, config.eval.draws = 300, 4
   config.eval.bootstrap = 0  # the seeds tell the error
   return config
 
