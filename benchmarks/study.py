@@ -71,16 +71,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   add("--seeds", type=int, help="how many: 0, 1, ...")
   add("--steps", type=int, help="of every variant")
   add("--train-flops", type=float, help="of every variant, instead of equal steps")
-  add(
-    "--points", type=int, default=3, help="of the curve of quality, the last included"
-  )
+  add("--points", type=int, help="of the curve of quality, the last included")
   add("--jobs", type=int, default=1, help="runs at a time, which share the cores")
   args, args.overrides = parser.parse_known_args(argv)
   study = lookup(STUDIES, args.study, "study")
   args.variants = args.variants.split(",") if args.variants else [*study.variants]
   for name in args.variants:
     lookup(study.variants, name, f"variant of the study {args.study!r}")
-  args.seeds = study.seeds if args.seeds is None else args.seeds
+  for name in ("seeds", "points"):
+    if getattr(args, name) is None:
+      setattr(args, name, getattr(study, name))
   for name in ("seeds", "steps", "train_flops", "points", "jobs"):
     value = getattr(args, name)
     if value is not None and not 0 < value < math.inf:

@@ -1,5 +1,5 @@
-"""Studies: every variant is legal and costs what it should; runs are done once, and what
-came out is told with its errors.
+"""Studies: every variant is legal and costs what it should; runs are done once, and
+what came out is told with its errors.
 """
 
 import io
@@ -197,6 +197,12 @@ def test_cores_are_shared_out():
 # --- runs that cost nothing -----------------------------------------------------------
 
 
+class Started(list):
+  """Names of the runs that were started; those that are to fail."""
+
+  failing: tuple[str, ...] = ()
+
+
 class Ended:
   """A process that has ended with a status."""
 
@@ -246,19 +252,17 @@ def write_report(run: study.Run) -> None:
 
 
 @pytest.fixture
-def started(monkeypatch) -> list[str]:
-  """The names of the runs that were started; none of them costs anything."""
-  names: list[str] = []
+def started(monkeypatch) -> Started:
+  """The runs that were started; none of them costs anything."""
+  started = Started()
 
   def start(run, compiled, cores):
-    names.append(run.name)
+    started.append(run.name)
     if run.name in started.failing:
       return Ended(1)
     write_report(run)
     return Ended(0)
 
-  started = type("Names", (list,), {"failing": ()})()
-  names = started
   monkeypatch.setattr(study, "start", start)
   return started
 
@@ -295,7 +299,7 @@ def test_a_study_does_what_is_missing_and_tells_all(tmp_path, started, capsys):
   text = (tmp_path / "study.md").read_text()
   assert "| dit | " in text and "11.50 ± 0.50" in text and "Not run" not in text
   assert (tmp_path / "study.png").stat().st_size > 10_000
-  mb = [run for run in found["runs"] if run["variant"] == "elit-mb"][0]
+  mb = next(run for run in found["runs"] if run["variant"] == "elit-mb")
   assert mb["training_loss"][0] == [1, 2.0]  # of the largest budget
   assert study_report.quality(mb, "fid") == [(2, 30.0), (6, 10.0)]
 
