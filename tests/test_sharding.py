@@ -20,7 +20,7 @@ from elit_jax.models import denoiser, presets
 from elit_jax.nn.partition import AXES
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2))
-ELIT = {"window": (2, 2), "head": 1, "tail": 1, "write_depth": 1, "sees": "all"}
+ELIT = base.elit((2, 2), 1, 1).to_dict()
 # Two blocks outside the core and one inside; eight heads, so that tensor may be 8.
 SIZE = presets.Size(3, 32, 8)
 CASES = {"dit": {}, "elit": {"elit": ELIT, "budgets": ("k4", "k1")}}

@@ -108,6 +108,12 @@ def _run(
   return stream
 
 
+def read_input(model: Model, params: Params, stream: Stream) -> Stream:
+  """What enters Read, of what leaves `embed`: the head's stages before it."""
+  before = max(seams(model)[0] - 1, 0)
+  return _run(model, params, stream, Budget(), slice(before))
+
+
 def head(model: Model, params: Params, stream: Stream, budget: Budget) -> Stream:
   """Everything up to and with Read; nothing where a model has no interface."""
   return heads(model, params, stream, (budget,))[0]

@@ -178,22 +178,72 @@ def _blocks(stage: Blocks, c: int, d: int, n: int, m: int, s: int) -> Spent:
   return Spent(stage.count * (linear + skip), stage.count * (attention + modulation))
 
 
+# Attentions in a Read or Write of some depth, on groups of n tokens and j latents, of
+# width d.
+
+
+def _attention(d: int, queries: int, keys: int, seen: int) -> Spent:
+  """Of all groups' queries and keys, of which a query sees as many as its group has."""
+  return Spent(4 * (queries + keys) * d * d, 4 * queries * seen * d)
+
+
+def _cross_read(d: int, groups: int, n: int, j: int, depth: int) -> list[Spent]:
+  return [_attention(d, groups * j, groups * n, n)] * depth
+
+
+def _qformer_read(d: int, groups: int, n: int, j: int, depth: int) -> list[Spent]:
+  # Before the first layer latents are equal in all groups, and see each other once.
+  among = [_attention(d, j, j, j)]
+  among += [_attention(d, groups * j, groups * j, j)] * (depth - 1)
+  return [*among, *_cross_read(d, groups, n, j, depth)]
+
+
+def _self_read(d: int, groups: int, n: int, j: int, depth: int) -> list[Spent]:
+  return [_attention(d, groups * j, groups * (n + j), n + j)] * depth
+
+
+def _cross_write(d: int, groups: int, n: int, j: int, depth: int) -> list[Spent]:
+  return [_attention(d, groups * n, groups * j, j)] * depth
+
+
+def _self_write(d: int, groups: int, n: int, j: int, depth: int) -> list[Spent]:
+  return [_attention(d, groups * n, groups * (n + j), n + j)] * depth
+
+
+Attentions = Callable[[int, int, int, int, int], list[Spent]]
+READS: dict[str, Attentions] = {
+  "cross": _cross_read,
+  "qformer": _qformer_read,
+  "self": _self_read,
+}
+WRITES: dict[str, Attentions] = {"cross": _cross_write, "self": _self_write}
+
+
 def read_cost(stage: Read, c: int, d: int, n: int, j: int) -> Spent:
-  """FLOPs of Read on n tokens of width d, when it computes j latents a group."""
+  """FLOPs of Read on n tokens of width d, when it computes j latents a group.
+
+  Every group is charged for the projection of its queries, as in the published counts;
+  where they are equal in all groups, it is computed once.
+  """
   slots = math.prod(stage.window)
-  latents = n // slots * j
-  mlp = int(4 * stage.mlp_ratio * d * d)
-  linear = 4 * n * d * d + latents * (4 * d * d + mlp)
-  other = 2 * stage.chunks * c * d + 4 * n * j * d
-  return Spent(stage.depth * linear, stage.depth * other)
+  groups = n // slots
+  spent = READS[stage.kind](d, groups, slots, j, stage.depth)
+  mlps = stage.depth * groups * j * 4 * d * int(d * stage.mlp_ratio)
+  modulation = stage.depth * 2 * stage.chunks * c * d
+  return Spent(
+    sum(part.linear for part in spent) + mlps,
+    sum(part.other for part in spent) + modulation,
+  )
 
 
 def write_cost(stage: Write, d: int, n: int, j: int) -> Spent:
   """FLOPs of Write on n tokens of width d, when it sees j latents a group."""
-  latents = n // math.prod(stage.window) * j
-  mlp = int(4 * stage.mlp_ratio * d * d)
-  linear = n * (4 * d * d + mlp) + 4 * latents * d * d
-  return Spent(stage.depth * linear, stage.depth * 4 * n * j * d)
+  slots = math.prod(stage.window)
+  spent = WRITES[stage.kind](d, n // slots, slots, j, stage.depth)
+  mlps = stage.depth * n * 4 * d * int(d * stage.mlp_ratio)
+  return Spent(
+    sum(part.linear for part in spent) + mlps, sum(part.other for part in spent)
+  )
 
 
 def _time(model: Model) -> int:

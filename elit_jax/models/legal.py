@@ -8,10 +8,9 @@ from elit_jax.models import spec
 from elit_jax.models.spec import Blocks, Down, Grid, Model, Read, Tap, Up, Write
 from elit_jax.nn.attention import NORMS
 from elit_jax.nn.blocks import BLOCKS
+from elit_jax.nn.latent_interface import READS, WRITES
 from elit_jax.nn.position import rope_shares
 
-READS = ("cross", "qformer", "self")
-WRITES = ("cross", "self")
 # Blocks that see text, and those that cannot do without.
 WITH_TEXT = ("prenorm", "dual", "single")
 NEED_TEXT = ("dual",)
@@ -198,7 +197,7 @@ class _Walk:
         f"{math.prod(grid)} tokens exceed the {stage.positions} latent positions of "
         "Read"
       )
-    lookup(dict.fromkeys(READS), stage.kind, "kind of Read")
+    lookup(READS, stage.kind, "kind of Read")
     if stage.chunks not in (6, 7):
       raise ConfigError(f"Read's modulation has 6 or 7 chunks, not {stage.chunks}")
     self.layers("Read", stage)
@@ -213,7 +212,7 @@ class _Walk:
       raise ConfigError(f"Read has groups of {read.window}, Write of {stage.window}")
     if stage.sees not in ("all", "kept"):
       raise ConfigError(f"Write sees 'all' or 'kept' latents, not {stage.sees!r}")
-    lookup(dict.fromkeys(WRITES), stage.kind, "kind of Write")
+    lookup(WRITES, stage.kind, "kind of Write")
     if stage.sees == "kept" and read.kind != "cross":
       raise ConfigError(
         f"Write sees 'kept' latents alone, but a Read of kind {read.kind!r} lets "
@@ -231,7 +230,8 @@ class _Walk:
   def layers(self, name: str, stage: Read | Write) -> None:
     if stage.depth < 1:
       raise ConfigError(f"{name} needs at least one layer, not {stage.depth}")
-    if stage.mlp_ratio <= 0:
+    if not 1 <= stage.mlp_ratio * self.model.width * self.scale < math.inf:
       raise ConfigError(
-        f"an MLP is wider than nothing: the ratio of {name}'s is {stage.mlp_ratio}"
+        "an MLP is wider than nothing, and finite: the ratio of "
+        f"{name}'s is {stage.mlp_ratio}"
       )

@@ -157,8 +157,7 @@ class SingleBlock(nn.Module):
     width = x_BND.shape[-1]
     h_BLD, ids, angles_LP = _join(x_BND, text_BMD, segments, angles_NP)
     modulation = Modulation(3, width, self.dtype, name="modulation")
-    texts = _texts(text_BMD, segments)
-    shift, scale, gate = modulation(c, segments and [*texts, *segments])
+    shift, scale, gate = modulation(c, _lengths(text_BMD, segments))
     y_BLD = modulate(layer_norm(h_BLD), shift, scale)
     attn = attention.SelfAttention(
       self.heads, self.qk_norm, self.dtype, self.backend, name="attn"
@@ -180,20 +179,28 @@ BLOCKS: dict[str, type[nn.Module]] = {
 }
 
 
-def _texts(text_BMD: jax.Array | None, segments: Segments) -> Sequence[int]:
-  """Lengths of the text of each segment."""
-  if text_BMD is None or segments is None:
-    return ()
-  return (text_BMD.shape[1] // len(segments),) * len(segments)
+def _texts(text_BMD: jax.Array | None, segments: Segments) -> Segments:
+  """Lengths of the text of each segment; None where there are no segments."""
+  if segments is None:
+    return None
+  tokens = 0 if text_BMD is None else text_BMD.shape[1]
+  return (tokens // len(segments),) * len(segments)
+
+
+def _lengths(text_BMD: jax.Array | None, segments: Segments) -> Segments:
+  """Lengths of all that lies in a joint sequence: texts, then segments."""
+  if segments is None or text_BMD is None:
+    return segments
+  return [*(_texts(text_BMD, segments) or ()), *segments]
 
 
 def _ids(
   x_BND: jax.Array, segments: Segments, text_BMD: jax.Array | None = None
 ) -> attention.Segments | None:
   """Segments of x, behind those of text where there is any, as attention has them."""
-  if segments is None:
+  lengths = _lengths(text_BMD, segments)
+  if lengths is None or segments is None:
     return None
-  lengths = [*_texts(text_BMD, segments), *segments]
   which = [i % len(segments) for i in range(len(lengths))]
   return attention.segment_ids(x_BND.shape[0], lengths, which)
 
