@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
         "source": "synthetic",  # see elit_jax/data/sources.py
         "path": "",  # of shards and foreign: their folder; docs/data.md
         "shape": (8, 8, 1),  # of a sample: (*space, channels)
-        # Samples of half the size, their patches apart on an empty canvas: ELIT's
+        # Samples of half that size, their patches apart on an empty canvas: ELIT's
         # experiment with four times the tokens. "" | whole (all is noised and learnt) |
         # real (the empty places stay empty, and have no loss).
         "spread": "",

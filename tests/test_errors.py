@@ -217,6 +217,15 @@ CASES = {
   "empty shape": Case(
     describe(BASE, "data.shape=(0,8,1)"), ("(0, 8, 1)", "at least 1")
   ),
+  "unknown spread": Case(describe(BASE, "data.spread=hole"), ("'hole'", "'whole'")),
+  "canvas of odd extent": Case(
+    describe(BASE, "data.shape=(10,8,1)", "data.spread=real"),
+    ("(10, 8, 1)", "multiples of (4, 4)"),
+  ),
+  "canvas as small as the data": Case(
+    train(BASE, "data.source=digits", "data.spread=whole"),
+    ("data.spread 'whole'", "(8, 8, 1)"),
+  ),
   # Budgets.
   "budget of 0": Case(describe(DIGITS, "budgets=('k0',)"), ("'k0'", "k1")),
   "budget 0 as a number": Case(describe(DIGITS, "budgets=(0,)"), ("'0'", "k1")),

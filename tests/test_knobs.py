@@ -43,7 +43,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 116
+MOST_LEAVES = 117
 
 
 class Knob(NamedTuple):
@@ -93,6 +93,7 @@ KNOBS = {
   "data.source": Knob("digits", "data"),
   "data.path": Knob("elsewhere", "preparing", PIXELS),
   "data.shape": Knob((4, 4, 1), "step data"),
+  "data.spread": Knob("real", "step data sampling evaluation"),
   "data.vae": Knob("tiny", "step", {"data.shape": (8, 8, 4)}),
   "data.dtype": Knob("uint8", "step"),
   "budgets": Knob(("k4", "k2"), "budgets step", ELIT),
