@@ -41,11 +41,11 @@ KINDS = {
 }
 MODES = (
   *("train", "sample", "eval", "sweep", "score", "statistics", "compare"),
-  *("calibrate", "plan"),
+  *("calibrate", "plan", "inspect"),
   *("prepare", "import", "export", "describe", "doctor"),
 )
 # Others may train in the workdir of these, but not write the same files.
-OWN_LOCK = ("eval", "sweep", "score", "statistics", "calibrate", "plan")
+OWN_LOCK = ("eval", "sweep", "score", "statistics", "calibrate", "plan", "inspect")
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment: a file in configs/."
@@ -193,6 +193,7 @@ def _examine(config: config_lib.Config, workdir: pathlib.Path | None) -> bool:
 
 def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
   from elit_jax import calibrate, evaluate, exchange, planning, sample, score, train
+  from elit_jax import inspection as inspect_mode
   from elit_jax.data import prepare
 
   preemption.install()
@@ -203,6 +204,7 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     "eval": evaluate.run,
     "sweep": evaluate.sweep,
     "calibrate": calibrate.run,
+    "inspect": inspect_mode.run,
     "plan": functools.partial(
       planning.run, evaluated=EVALUATE.value, words=sys.argv[1:]
     ),

@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # These see everything.
 ENTRY_POINTS = frozenset(
   {"train", "sample", "evaluate", "exchange", "score", "calibrate", "planning"}
+  | {"inspection"}
 )
 
 # A room that may import only these rooms of ours.

@@ -29,6 +29,7 @@ from elit_jax import (
   calibration,
   evaluate,
   files,
+  inspection,
   logs,
   measure,
   monitor,
@@ -162,6 +163,8 @@ KNOBS = {
   "eval.sweep_scales": Knob((1.5,), "sweeping", TOY),
   "eval.sweep_reuse": Knob((0.1,), "sweeping", TOY),
   "eval.sweep_seeds": Knob(1, "sweeping", TOY | ELIT),
+  "inspect.count": Knob(8, "inspecting", ELIT),
+  "inspect.levels": Knob(3, "inspecting", ELIT),
   "prepare.source": Knob("others", "preparing", PIXELS),
   "prepare.kind": Knob("folder", "preparing", PIXELS),
   "prepare.split": Knob("validation", "preparing", PIXELS),
@@ -398,6 +401,15 @@ def sweeping(config: config_lib.Config) -> Any:
   return recorded(evaluate.sweep, config)
 
 
+def inspecting(config: config_lib.Config) -> Any:
+  """Programs and what they are fed; nothing is drawn of zeros."""
+  if config.elit is None:
+    config = make_config(ELIT)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(inspection, "write", lambda *given: None)
+    return recorded(inspection.run, config)
+
+
 def measuring(config: config_lib.Config) -> Any:
   """What metrics are asked for, and what they compare with."""
   found = []
@@ -490,6 +502,7 @@ EFFECTS = {
     sampling,
     evaluation,
     sweeping,
+    inspecting,
     measuring,
     preparing,
     planning,

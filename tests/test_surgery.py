@@ -209,8 +209,8 @@ BACKBONES = {
 EVEN, ODD = (1, 1), (2, 1)
 
 
-def split_of(name: str, split: tuple[int, int]) -> Model:
-  return elastic.elit(BACKBONES[name], (1, 1) if name == "hdit" else (2, 2), *split)
+def split_of(name: str, ends: tuple[int, int]) -> Model:
+  return elastic.elit(BACKBONES[name], (1, 1) if name == "hdit" else (2, 2), *ends)
 
 
 def of_blocks(params: surgery.Params, model: Model) -> dict[str, np.ndarray]:
@@ -218,18 +218,18 @@ def of_blocks(params: surgery.Params, model: Model) -> dict[str, np.ndarray]:
   return {n: a for n, a in named.items() if not n.startswith(("read.", "write."))}
 
 
-def breaks(name: str, split: tuple[int, int]) -> bool:
-  return "uvit" in name and split == ODD
+def breaks(name: str, ends: tuple[int, int]) -> bool:
+  return "uvit" in name and ends == ODD
 
 
-@pytest.mark.parametrize("split", [EVEN, ODD])
+@pytest.mark.parametrize("ends", [EVEN, ODD])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_is_restacked_there_and_back(
-  name: str, split: tuple[int, int]
+  name: str, ends: tuple[int, int]
 ) -> None:
-  plain, elit = BACKBONES[name], split_of(name, split)
+  plain, elit = BACKBONES[name], split_of(name, ends)
   params = params_of(plain)
-  if breaks(name, split):
+  if breaks(name, ends):
     with pytest.raises(ConfigError, match=r"cannot restack block \d, which is .*pop=T"):
       surgery.restack(params, plain, elit)
     return
@@ -246,19 +246,19 @@ def test_every_backbone_is_restacked_there_and_back(
   jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
-@pytest.mark.parametrize("split", [EVEN, ODD])
+@pytest.mark.parametrize("ends", [EVEN, ODD])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_is_grafted_there_and_back(
-  name: str, split: tuple[int, int]
+  name: str, ends: tuple[int, int]
 ) -> None:
   """All but broken long skips, which are named."""
-  plain, elit = BACKBONES[name], split_of(name, split)
+  plain, elit = BACKBONES[name], split_of(name, ends)
   theirs, fresh, out, notes = graft(plain, elit)
-  taken, kept = split_names(theirs, fresh, out)
+  taken, kept = split(theirs, fresh, out)
   lost = set(theirs) - taken
   assert kept == {n for n in out if n.startswith(("read.", "write."))}
   assert {n.split(".", 2)[2] for n in lost} == (
-    {"skip.kernel", "skip.bias"} if breaks(name, split) else set()
+    {"skip.kernel", "skip.bias"} if breaks(name, ends) else set()
   )
   left = [line for line in notes.splitlines() if line.startswith("left, as this")]
   assert len(left) == bool(lost)
@@ -270,11 +270,6 @@ def test_every_backbone_is_grafted_there_and_back(
   *_, back, notes = graft(elit, plain)
   assert ("fresh, as the source has none" in notes) == bool(lost)
   assert back.keys() == theirs.keys()
-
-
-def split_names(theirs: dict, fresh: dict, out: dict) -> tuple[set[str], set[str]]:
-  """`split`, under a name that a test's argument does not hide."""
-  return split(theirs, fresh, out)
 
 
 def test_merging_at_other_blocks_is_not_the_same() -> None:
