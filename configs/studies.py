@@ -144,14 +144,12 @@ def get_config(arg: str = "claim/elit-mb") -> ConfigDict:
   config.data.spread = variant.spread
   config.train.steps = found.steps
   if variant.elit is not None:
-    config.elit = digits.get_config().elit
     groups = (MERGED_GROUPS if variant.family == "HDiT" else GROUPS)[size]
-    config.elit.window = tuple(
-      max(1, math.ceil(side / variant.patch / count))
+    window = tuple(
+      math.ceil(side / variant.patch / count)
       for side, count in zip((height, width), groups, strict=True)
     )
-    config.elit.head, config.elit.tail = HEADS_AND_TAILS[size]
-    config.elit.update(dict(variant.elit))
+    config.elit = base.elit(window, *HEADS_AND_TAILS[size], **variant.elit)
   config.budgets = variant.budgets
   return config
 
