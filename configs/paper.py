@@ -8,8 +8,8 @@ are those of configs/imagenet.py, which says how to prepare them.
 All (app. B): RoPE and QK-norm for the table of positions, rectified flow, logit-normal
 times, AdamW 1e-4, batch 256 (384 with many budgets), EMA 0.9999, 40 Euler steps. The
 paper names no number of steps: 400,000 are the released code's. What a step costs,
-beside what was published: python main.py --mode=describe --table=elit. We have made none
-of these runs.
+beside what was published: python main.py --mode=describe --table=elit. We have made
+none of these runs.
 """
 
 from ml_collections import ConfigDict
