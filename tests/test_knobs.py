@@ -185,6 +185,7 @@ KNOBS = {
   "elit.write": Knob("self", "step sampling", ELIT),
   "elit.write_depth": Knob(2, "step sampling", ELIT),
   "elit.mlp_ratio": Knob(4.0, "step sampling", ELIT),
+  "elit.cross": Knob("error", "crossing", ELIT | {"model.preset": "UViT-tiny/2"}),
   "elit.sees": Knob("kept", "step sampling", ELIT | {"sample.budgets": ("k1",)}),
 }
 
@@ -387,6 +388,15 @@ def choice(config: config_lib.Config) -> Any:
   return config_lib.build_model(config).compute.attention
 
 
+def crossing(config: config_lib.Config) -> Any:
+  """What becomes of the model where a long skip joins a token and a latent."""
+  elit = dataclasses.replace(config.elit, head=2)
+  try:
+    return config_lib.build_model(dataclasses.replace(config, elit=elit)).trunk
+  except ConfigError as error:
+    return str(error)
+
+
 def sampling(config: config_lib.Config) -> Any:
   return recorded(sample.run, config)
 
@@ -492,6 +502,7 @@ EFFECTS = {
   f.__name__: f
   for f in (
     choice,
+    crossing,
     placement,
     step,
     init,
@@ -535,9 +546,10 @@ def test_a_leaf_changes_what_it_is_there_for(leaf: str, effect: str):
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_the_same_config_has_the_same_effects(effect: str):
   """Else every leaf would seem to be alive."""
-  before = effect_of(effect, {})
+  beside = ELIT if effect == "crossing" else {}
+  before = effect_of(effect, beside)
   dry_run.cache_clear()
-  assert EFFECTS[effect](make_config({})) == before
+  assert EFFECTS[effect](make_config(beside)) == before
 
 
 def test_every_leaf_is_listed():
