@@ -74,6 +74,12 @@ def _validate_order(model: Model) -> None:
     raise ConfigError("a trunk holds one Read followed by one Write, or neither")
   if kinds.count(Tap) > 1:
     raise ConfigError("a trunk holds at most one Tap")
+  named = spec.names(model.trunk)
+  if twice := [name for i, name in enumerate(named) if name in named[:i]]:
+    raise ConfigError(
+      f"two stages would be called {twice[0]}: put a block between them, or make them "
+      "one of a larger factor"
+    )
 
 
 def _validate_blocks(model: Model, stage: Blocks) -> None:

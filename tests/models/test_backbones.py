@@ -395,6 +395,7 @@ ILLEGAL = {
   "chunks": (made(spec.Read((2, 2), chunks=5), WRITE), "6 or 7 chunks, not 5"),
   "Down without Up": (made(DOWN, BLOCKS), "undone by no Up"),
   "Up without Down": (made(BLOCKS, UP), "follows on no Down"),
+  "two Downs at once": (made(DOWN, DOWN, BLOCKS, UP, UP), "would be called down_00"),
   "another Up": (made(DOWN, spec.Up((2, 1))), "does not undo"),
   "Down of other axes": (made(spec.Down((2,)), UP), "2 factors of at least 1"),
   "Down widens too much": (made(spec.Down((2, 2), 3), UP), "widen by a divisor"),
@@ -446,7 +447,7 @@ def test_illegal_networks_are_refused(model: spec.Model, why: str):
 def test_legal_ones_are_not():
   for model in (
     made(),
-    made(BLOCKS, DOWN, DOWN, BLOCKS, UP, UP),
+    made(DOWN, BLOCKS, DOWN, BLOCKS, UP, BLOCKS, UP),
     made(DOWN, READ, BLOCKS, WRITE, UP),
     made(PUSH, READ, PUSH, DOWN, BLOCKS, UP, POP, WRITE, POP),
     *MODELS.values(),
