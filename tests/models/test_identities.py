@@ -23,6 +23,7 @@ from small import (
 from elit_jax import surgery
 from elit_jax.budget import Budget
 from elit_jax.models import denoiser, elastic, flops, legal, presets, spec, stages
+from elit_jax.models.layout import Layout
 from elit_jax.nn import latent_interface
 
 
@@ -142,10 +143,11 @@ def test_sees_kept_computes_the_same_kept_latents_for_less():
 
 
 def test_latents_read_their_own_group_only():
+  params = params_of(ELIT)["read"]
+
   @jax.jit
   def latents(x):
-    stream = stages.Stream(x, jnp.ones((1, 32)), (4, 4))
-    params = params_of(ELIT)["read"]
+    stream = stages.Stream(x, jnp.ones((1, 32)), (4, 4), (Layout((4, 4)),))
     return stages.run_stage(ELIT, ELIT.trunk[1], params, stream, Budget()).latents
 
   x = jax.random.normal(jax.random.key(3), (1, 16, 32))

@@ -13,6 +13,7 @@ import numpy as np
 from elit_jax import surgery
 from elit_jax.budget import Budget
 from elit_jax.models import denoiser, stages
+from elit_jax.models.layout import Layout
 from elit_jax.models.spec import Blocks, Model, Read, Write, find, kept, names
 from elit_jax.nn import embed as nn_embed
 from elit_jax.nn.latent_interface import group_tokens
@@ -165,7 +166,7 @@ def check_interface(golden: Golden, report: Report, run: Run) -> None:
     def core(x: jax.Array) -> jax.Array:
       return jnp.tanh(x) * scale + shift
 
-    stream = stages.Stream(tokens, cond, run.grid)
+    stream = stages.Stream(tokens, cond, run.grid, (Layout(run.grid),))
     seen, stream = walk(run.model, params, stream, budget, core)
     return seen, stream.x
 
