@@ -54,6 +54,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 MODE = flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
 JSON = flags.DEFINE_bool("json", False, "describe: print JSON.")
 BUDGETS = flags.DEFINE_list("budgets", [], "describe: budgets, such as k1,k4,25%.")
+TABLE = flags.DEFINE_string(
+  "table", None, "describe: published figures beside ours (elit), without a config."
+)
 SOURCE = flags.DEFINE_string(
   "source",
   None,
@@ -75,6 +78,7 @@ DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, float16 or bfl
 MODES_OF = {
   "json": ("describe",),
   "budgets": ("describe",),
+  "table": ("describe",),
   "source": ("import", "score", "statistics", "compare"),
   "graft": ("import",),
   "target": ("export", "statistics"),
@@ -94,6 +98,9 @@ def main(argv: list[str]) -> None:
   _check_flags_of_mode()
   if MODE.value == "compare":
     sys.exit(_compare(SOURCE.value))
+  if TABLE.value is not None:
+    _show_published(TABLE.value)
+    return
   if CONFIG.value is None:
     raise ConfigError("--config is missing: for example --config=configs/digits.py")
   config = config_lib.resolve(CONFIG.value)
@@ -145,6 +152,20 @@ def _check_flags_of_mode() -> None:
         f"--{name} is a flag of --mode={' and '.join(modes)}, and does nothing in "
         f"--mode={MODE.value}: leave it out"
       )
+
+
+def _show_published(name: str) -> None:
+  """Prints a table of published figures; the networks are those of the papers."""
+  from elit_jax import published
+
+  for other in ("config", "workdir", "budgets"):
+    if flags.FLAGS[other].present:
+      raise ConfigError(
+        f"--table={name} is of the papers' networks, and --{other} does nothing "
+        "there: leave one of them out"
+      )
+  table = published.compare(name)
+  print(json.dumps(table) if JSON.value else published.text(table))
 
 
 def _compare(source: str | None) -> int:

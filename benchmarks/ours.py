@@ -56,13 +56,7 @@ def make_config(
   config.budgets = tuple(budgets)
   if split != "plain":
     head, tail = _split(split, model)
-    config.elit = {
-      "window": (window, window),
-      "head": head,
-      "tail": tail,
-      "write_depth": 1,
-      "sees": "all",
-    }
+    config.elit = base.elit((window, window), head, tail).to_dict()
   return config_lib.resolve(config)
 
 

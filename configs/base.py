@@ -4,6 +4,8 @@ Trains SiT-tiny on synthetic images: a check that everything runs, not an experi
   python main.py --config=configs/base.py --workdir=runs/base --mode=train
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -35,7 +37,7 @@ def get_config() -> ConfigDict:
         "source": "synthetic",  # see elit_jax/data/sources.py
         "path": "",  # of shards and foreign: their folder; docs/data.md
         "shape": (8, 8, 1),  # of a sample: (*space, channels)
-        # Samples of half the size, their patches apart on an empty canvas: ELIT's
+        # Samples of half that size, their patches apart on an empty canvas: ELIT's
         # experiment with four times the tokens. "" | whole (all is noised and learnt) |
         # real (the empty places stay empty, and have no loss).
         "spread": "",
@@ -49,7 +51,8 @@ def get_config() -> ConfigDict:
       "budgets": ("100%",),
       "budget_weights": (),
       "flow": {
-        # linear | cosine | vp | ddpm (DiT's thousand steps, which its presets need)
+        # linear | cosine | vp | ddpm (DiT's thousand steps, which its presets need) |
+        # sd (Stable Diffusion's, for the weights of U-ViT's authors)
         "path": "linear",
         "time": "logit_normal",  # uniform | logit_normal
         # Of those times towards noise: t' = s t / (1 + (s - 1) t). A number (1: none) |
@@ -177,4 +180,23 @@ def get_config() -> ConfigDict:
         "max_skipped": 100,  # images that cannot be used before it stops
       },
     }
+  )
+
+
+def elit(window: tuple[int, ...], head: int, tail: int, **fields: Any) -> ConfigDict:
+  """What `config.elit` is where the latent interface is used; fields: other knobs."""
+  return ConfigDict(
+    {
+      "window": window,  # tokens of a group along each axis
+      "head": head,  # blocks before Read
+      "tail": tail,  # blocks after Write
+      "read": "cross",  # cross | qformer | self, see docs/maths.md
+      "read_depth": 1,  # layers
+      "write": "cross",  # cross | self
+      "write_depth": 1,
+      "mlp_ratio": 1.0,  # of the MLPs of both
+      "sees": "all",  # latents that Write attends to: all | kept
+      "cross": "drop",  # long skips between tokens and latents: drop | error
+    }
+    | fields
   )

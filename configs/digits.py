@@ -14,20 +14,7 @@ def get_config() -> ConfigDict:
   config = base.get_config()
   config.model.preset = "SiT-digits/2"
   config.model.remat = "full"  # faster on a CPU, where memory traffic is what costs
-  config.elit = ConfigDict(
-    {
-      "window": (2, 4),  # tokens of a group along each axis
-      "head": 1,  # blocks before Read
-      "tail": 0,  # blocks after Write
-      "read": "cross",  # cross | qformer | self, see docs/maths.md
-      "read_depth": 1,
-      "write": "cross",  # cross | self
-      "write_depth": 1,
-      "mlp_ratio": 1.0,  # of the MLPs of both
-      "sees": "all",  # latents that Write attends to: all | kept
-      "cross": "drop",  # long skips from tokens to latents: drop | error
-    }
-  )
+  config.elit = base.elit((2, 4), head=1, tail=0)
   config.data.source = "digits"
   config.budgets = ("k1", "k2", "k3", "k4", "k8")
   # The full budget learns slowest and is judged hardest.

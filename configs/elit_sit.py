@@ -43,20 +43,7 @@ def get_config(arg: str = "XL/2") -> ConfigDict:
     )
   head, tail = SPLITS[split][backbone]
   window = 4 if pixels == "256" else 8  # so that there are 16 groups at patch 2
-  config.elit = ConfigDict(
-    {
-      "window": (window, window),
-      "head": head,
-      "tail": tail,
-      "read": "cross",
-      "read_depth": 1,
-      "write": "cross",
-      "write_depth": 1,
-      "mlp_ratio": 1.0,
-      "sees": "all",
-      "cross": "drop",
-    }
-  )
+  config.elit = base.elit((window, window), head, tail)
   config.budgets = tuple(f"k{j}" for j in range(1, window * window + 1))
   config.optim.warmup = 10_000
   return config

@@ -71,25 +71,31 @@ RUNS = tuple(
 )
 
 
-def get_config(run: str = "elit-xl-256-mb") -> ConfigDict:
-  """The config of a run, with its data in data/imagenet_<pixels>."""
-  lookup(dict.fromkeys(RUNS), run, "run")
-  name, size, pixels, kind = (*run.split("-"), "")[:4]
-  family = FAMILIES[name]
-  config = elit_sit.get_config(f"{size.upper()}/2,{family.split},{pixels}")
-  config.model.preset = f"{family.preset}-{size.upper()}/2"
+def by_class(size: str, pixels: str, split: str) -> ConfigDict:
+  """What all runs on ImageNet's latents share; measured by the papers' protocol."""
+  config = elit_sit.get_config(f"{size.upper()}/2,{split},{pixels}")
   config.data.source = "shards"
   config.data.path = f"data/imagenet_{pixels}"
   config.data.vae = "sd"
   config.data.dtype = "float16"
   config.prepare.crop = "center-dhariwal"
-  config.flow.path, config.flow.time = family.path, family.time
-  config.sample.steps = 50
-  # The papers' protocol; eval.weights and eval.reference are files of yours.
+  # eval.weights and eval.reference are files of yours.
   config.eval.rows, config.eval.draws = ("sampled",), 0
   config.eval.count, config.eval.labels = 50_000, "random"
   config.eval.metrics = ("fid", "sfid", "is", "precision", "recall")
   config.eval.features = ("inception",)
+  return config
+
+
+def get_config(run: str = "elit-xl-256-mb") -> ConfigDict:
+  """The config of a run, with its data in data/imagenet_<pixels>."""
+  lookup(dict.fromkeys(RUNS), run, "run")
+  name, size, pixels, kind = (*run.split("-"), "")[:4]
+  family = FAMILIES[name]
+  config = by_class(size, pixels, family.split)
+  config.model.preset = f"{family.preset}-{size.upper()}/2"
+  config.flow.path, config.flow.time = family.path, family.time
+  config.sample.steps = 50
   if family.path == "ddpm":
     config.sample.solver, config.sample.steps = "ddpm", 250
     config.guidance.channels = "three"

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from elit_jax import config as config_lib
 from elit_jax import sharding
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
@@ -73,6 +74,6 @@ def decoder(config: Config, mesh: Mesh) -> Decoder | None:
       parts.append(np.asarray(images)[: len(part)])
     return np.concatenate(parts)
 
-  latent = jax.ShapeDtypeStruct((1, *config.data.shape), np.float32)
+  latent = jax.ShapeDtypeStruct((1, *config_lib.sample_shape(config)), np.float32)
   picture = jax.eval_shape(functools.partial(decode, found), params, latent)
   return Decoder(pictures, identity, picture.shape[1:])

@@ -31,7 +31,6 @@ from elit_jax import config as config_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data.sources import Source
-from elit_jax.data.stored import unpack
 from elit_jax.errors import ConfigError
 from elit_jax.eval.paired import clustered_mean, paired_difference
 from elit_jax.flow.process import Process, process
@@ -60,6 +59,11 @@ def run(config: Config, workdir: pathlib.Path) -> None:
     raise ConfigError(
       "config.sample.steps is 1: a calibration compares steps with each other, give "
       "at least 2"
+    )
+  if config.data.spread == "real":
+    raise ConfigError(
+      "config.data.spread is 'real', where a sample is less than the network sees: "
+      "reuse is calibrated for '' and 'whole' alone"
     )
   config, model, mesh, step, params = sample.newest(config, workdir)
   held_out = distributed.together(lambda: train.open_source(config, "held_out"))
@@ -151,11 +155,10 @@ def compile_losses(
   kinds_K = (kinds.times_K.astype(np.float32), kinds.null_K)
 
   def loss(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    def network(x: jax.Array, t_B: jax.Array, label_B: jax.Array) -> denoiser.Output:
-      return denoiser.apply(model, params, x, t_B, label_B, budget)
+    network = train.learner(config, model, params, budget)
 
     key = jax.random.key(config.eval.seed)
-    drawn = unpack(config.data.vae, key, batch)
+    drawn = train.examples(config, model, key, batch)
     _, noise, label_B = flow.draw(key, drawn)
     null_B = denoiser.null_labels(model, label_B)
 

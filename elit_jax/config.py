@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from elit_jax import ema, files, sharding
 from elit_jax.budget import Budget, Interval, TimedBudget
 from elit_jax.data import shards, sources, stored
+from elit_jax.data import spread as spread_lib
 from elit_jax.errors import ConfigError, lookup, nearest
 from elit_jax.eval import features, metrics
 from elit_jax.flow import intervals
@@ -300,8 +301,11 @@ def check(config: Config) -> None:
     raise ConfigError(
       f"config.model.dtype is {config.model.dtype!r}: use 'float32' or 'bfloat16'"
     )
+  lookup(spread_lib.SPREADS, config.data.spread, "config.data.spread")
   model = build_model(config)
-  stored.fields(config.data.shape, config.data.vae, config.data.dtype)
+  if config.data.spread:
+    spread_lib.check(config.data.shape, model.patch)
+  stored.fields(sample_shape(config), config.data.vae, config.data.dtype)
   check_mesh(config.mesh, model)
   budget_weights(config, model)
   planned = plans(config, model)
@@ -410,8 +414,20 @@ def make_mesh(config: Config, model: spec.Model) -> Mesh:
 
 def example(config: Config) -> jax.ShapeDtypeStruct:
   """The `image` of one example as its source gives it: see elit_jax/data/stored.py."""
-  shape = stored.stored_shape(config.data.shape, config.data.vae)
+  shape = stored.stored_shape(sample_shape(config), config.data.vae)
   return jax.ShapeDtypeStruct(shape, shards.DTYPES[config.data.dtype])
+
+
+def sample_shape(config: Config) -> tuple[int, ...]:
+  """(*space, channels) of a sample as it is stored and shown; `data.shape` is what the
+  model sees, which `data.spread` makes larger.
+  """
+  return spread_lib.sample_shape(config.data.shape, config.data.spread)
+
+
+def spread(config: Config, model: spec.Model) -> spread_lib.Spread:
+  """What becomes of samples on their way through flow and network."""
+  return spread_lib.SPREADS[config.data.spread](model.patch)
 
 
 def _divisors(n: int) -> list[int]:

@@ -36,7 +36,6 @@ from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data import sources
 from elit_jax.data.sources import Source
-from elit_jax.data.stored import unpack
 from elit_jax.eval import digits, plots, protocol, report
 from elit_jax.eval.paired import clustered_mean, paired_difference, paired_tests
 from elit_jax.evaluator import Drawn, View
@@ -113,7 +112,7 @@ def view_of(config: Config, mesh: Mesh) -> View:
   lack. The reference may be made here, of all training images.
   """
   decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
-  shape = decoder.shape if decoder else config.data.shape
+  shape = decoder.shape if decoder else config_lib.sample_shape(config)
   source = functools.partial(train.open_source, config)
   instruments = measure.instruments(config, mesh, shape, source)
   if instruments:
@@ -321,12 +320,11 @@ def compile_loss(
   )
 
   def loss(params: Any, batch: dict[str, jax.Array], draws_R: jax.Array) -> jax.Array:
-    def network(x: jax.Array, t_B: jax.Array, label_B: jax.Array) -> denoiser.Output:
-      return denoiser.apply(model, params, x, t_B, label_B, budget)
+    network = train.learner(config, model, params, budget)
 
     def one(draw: jax.Array) -> jax.Array:
       key = jax.random.fold_in(jax.random.key(config.eval.seed), draw)
-      drawn = unpack(config.data.vae, key, batch)
+      drawn = train.examples(config, model, key, batch)
       t_B, noise, label_B = flow.draw(key, drawn)
       return flow.loss(network, flow.path, drawn["image"], noise, t_B, label_B)[0]
 

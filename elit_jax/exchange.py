@@ -24,7 +24,8 @@ from elit_jax.errors import ConfigError, lookup
 from elit_jax.models import denoiser, spec
 from elit_jax.models.spec import Model
 from elit_jax.ports import files as weight_files
-from elit_jax.ports import sit
+from elit_jax.ports import networks
+from elit_jax.ports.networks import Port
 
 Params = dict[str, Any]
 Tensors = dict[str, np.ndarray]
@@ -94,7 +95,7 @@ def run_export(
 ) -> None:
   """`--mode=export`: the average `sample.ema` of the newest checkpoint as a new file.
 
-  Its names and layout are those of the authors of SiT and ELIT-SiT. ConfigError.
+  Its names and layout are those of the authors, see `ports.networks`. ConfigError.
   """
   _alone("export")
   if not target:
@@ -104,9 +105,10 @@ def run_export(
   weight_files.check_new(path)
   config = sample.as_trained(workdir, config)
   model = config_lib.build_model(config)
+  port = networks.of(model)
   step, params = sample.load_ema(workdir, config, sharding.make_mesh(config.mesh))
   grid = spec.grid_of(model, config.data.shape)
-  tensors = sit.to_tensors(model, grid, jax.tree.map(np.asarray, params))
+  tensors = port.to_tensors(model, grid, jax.tree.map(np.asarray, params))
   if projectors := _kept_projectors(workdir, model):
     logging.info("%d tensors of projectors as they were imported", len(projectors))
     tensors |= {name: np.asarray(tensor) for name, tensor in projectors.items()}
@@ -141,9 +143,9 @@ def _alone(mode: str) -> None:
 # --- reading --------------------------------------------------------------------------
 
 
-def _split(tensors: Tensors) -> tuple[Tensors, Tensors]:
+def _split(port: Port, tensors: Tensors) -> tuple[Tensors, Tensors]:
   """(the network's tensors, its projectors'); ConfigError if these are not finite."""
-  projectors = {n: t for n, t in tensors.items() if sit.PROJECTOR.fullmatch(n)}
+  projectors = {n: t for n, t in tensors.items() if port.is_beside(n)}
   rounded(projectors, np.float32)
   return {n: t for n, t in tensors.items() if n not in projectors}, projectors
 
@@ -152,6 +154,7 @@ def _read_whole(
   config: Config, model: Model, mesh: Mesh, path: pathlib.Path
 ) -> tuple[Params, Tensors]:
   """(parameters in their shards, projectors) of a file that fits without a rest."""
+  port = networks.of(model)
   tensors = weight_files.read(path)
   rest = tensors
   placed = trees.by_path(sharding.place(mesh, denoiser.abstract_params(model)))
@@ -162,22 +165,23 @@ def _read_whole(
 
   grid = spec.grid_of(model, config.data.shape)
   try:
-    rest, projectors = _split(tensors)
-    sit.check_projectors(model, projectors)
-    params = sit.from_tensors(model, grid, rest, place)
+    rest, projectors = _split(port, tensors)
+    port.check_beside(model, projectors)
+    params = port.from_tensors(model, grid, rest, place)
   except ConfigError as error:
-    raise ConfigError(f"{path} does not fit: {_hint(rest, model)}{error}") from None
+    hint = _hint(port, rest, model)
+    raise ConfigError(f"{path} does not fit: {hint}{error}") from None
   _log(path, tensors)
   return params, projectors
 
 
-def _hint(tensors: Mapping[str, np.ndarray], model: Model) -> str:
+def _hint(port: Port, tensors: Mapping[str, np.ndarray], model: Model) -> str:
   """In which numbers a file's network differs from the config's, if it is one."""
   try:
-    found = sit.model_of(tensors, model)
+    found = port.model_of(tensors, model)
   except ConfigError:
     return ""
-  differences = sit.differences(found, model)
+  differences = port.differences(found, model)
   graft = ", or take what fits by --graft" if found.width == model.width else ""
   advice = f" (change the config{graft}); "
   return f"it has {', '.join(differences)}{advice}" if differences else ""
@@ -247,13 +251,14 @@ def _fresh(model: Model, key: jax.Array) -> Params:
 
 def _of_file(path: pathlib.Path, like: Model, config: Config) -> Source:
   """A file of a network of any size; ConfigError unless it is whole."""
+  port = networks.of(like)
   tensors = weight_files.read(path)
   try:
-    rest, projectors = _split(tensors)
-    model = sit.model_of(rest, like)
-    sit.check_projectors(model, projectors)
-    grid = sit.grid_of(rest, spec.grid_of(like, config.data.shape))
-    params = sit.from_tensors(model, grid, rest)
+    rest, projectors = _split(port, tensors)
+    model = port.model_of(rest, like)
+    port.check_beside(model, projectors)
+    grid = port.grid_of(rest, spec.grid_of(like, config.data.shape))
+    params = port.from_tensors(model, grid, rest)
   except ConfigError as error:
     raise ConfigError(f"{path} cannot be used: {error}") from None
   _log(path, tensors)
@@ -281,11 +286,12 @@ def _kept_projectors(workdir: pathlib.Path, model: Model) -> Tensors:
   path = workdir / PROJECTORS
   if not path.exists():
     return {}
+  port = networks.of(model)
   try:
-    rest, projectors = _split(weight_files.read(path))
+    rest, projectors = _split(port, weight_files.read(path))
     if rest:
       raise ConfigError(f"it holds tensors of no projector: {trees.listed(rest)}")
-    sit.check_projectors(model, projectors)
+    port.check_beside(model, projectors)
   except ConfigError as error:
     raise ConfigError(f"{path} cannot be used: {error}") from None
   return projectors

@@ -10,6 +10,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from elit_jax import config as config_lib
 from elit_jax import distributed, files, preemption
 from elit_jax.config import Config
 from elit_jax.data.sources import Source
@@ -282,7 +283,7 @@ def _sha256(path: pathlib.Path) -> str:
 
 def source_images(source: Source, config: Config) -> Images:
   """The pictures of a data source; ConfigError if it has latents."""
-  shape = config.data.shape
+  shape = config_lib.sample_shape(config)
   if config.data.vae or len(shape) != 3 or shape[-1] not in (1, 3):
     raise ConfigError(
       f"{source!r} holds latents, and a reference is made of pictures: prepare shards "

@@ -328,7 +328,7 @@ class Evaluations:
     self._model, self._average = model, average
     self._folder = workdir / "evaluations"
     decoder = distributed.together(lambda: autoencoder.decoder(config, mesh))
-    shape = decoder.shape if decoder else config.data.shape
+    shape = decoder.shape if decoder else config_lib.sample_shape(config)
     instruments = measure.instruments(config, mesh, shape, open_source)
     if instruments:
       distributed.together(functools.partial(instruments.check, config.eval.count))

@@ -25,6 +25,7 @@ from elit_jax import (
 from elit_jax import config as config_lib
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
+from elit_jax.data.spread import NONE, Spread
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import Process, process
 from elit_jax.logs import Progress
@@ -44,14 +45,15 @@ SHOWN = 16  # samples of a budget in the picture, at most
 Draw = Callable[[Any, int, np.ndarray, np.ndarray, Plan], np.ndarray]
 
 
-def network(model: spec.Model, params: Params) -> Network:
+def network(model: spec.Model, params: Params, spread: Spread = NONE) -> Network:
   """A model under its parameters, as sampling sees it."""
 
   def embed(x: jax.Array, t: jax.Array, cond: jax.Array) -> Stream:
+    x = spread.enter(x)
     return denoiser.embed(model, params, x, sampler.as_batch(t, x), cond)
 
   def unembed(stream: Stream) -> jax.Array:
-    return denoiser.unembed(model, params, stream).prediction
+    return spread.leave(denoiser.unembed(model, params, stream).prediction)
 
   return Network(
     embed,
@@ -81,8 +83,8 @@ class Sampler:
   """How a model is sampled, whatever the plan: solver, path, sample shape, batch, mesh.
 
   A program is compiled for each distinct (budget, guidance, reuse) of some plans, and
-  runs any phase of that form; a batch may be smaller, and is then padded. meter: of
-  plans that reuse evaluations.
+  runs any phase of that form; a batch may be smaller, and is then padded. shape: what
+  the model sees. meter: of plans that reuse evaluations.
   """
 
   model: spec.Model
@@ -92,6 +94,17 @@ class Sampler:
   batch_size: int
   mesh: Mesh
   meter: caching.Meter | None = None
+  spread: Spread = NONE
+
+  @property
+  def noised(self) -> tuple[int, ...]:
+    """Shape of what is noised: not all that the model sees has to be."""
+    seen = jax.ShapeDtypeStruct((1, *self.shape), np.float32)
+    return jax.eval_shape(self.spread.leave, seen).shape[1:]
+
+  def network(self, params: Params) -> Network:
+    """The model under its parameters."""
+    return network(self.model, params, self.spread)
 
   def decide(self, plan: Plan) -> tuple[Decided, ...]:
     """A plan down to its single evaluations; ConfigError if it cannot be followed."""
@@ -169,7 +182,7 @@ class Sampler:
     return jax.ShapeDtypeStruct((), np.uint32, sharding=everywhere)
 
   def _start(self, seed: jax.Array, index_B: jax.Array) -> Carry:
-    x, _ = sampler.initial_noise(jax.random.key(seed), index_B, self.shape)
+    x, _ = sampler.initial_noise(jax.random.key(seed), index_B, self.noised)
     return Carry(x, self.stepper.init(x))
 
   def _compile_start(self) -> Callable[..., Carry]:
@@ -178,7 +191,8 @@ class Sampler:
     return jitted.lower(self._seed, self._rows).compile()
 
   def _compile_end(self) -> Callable[[jax.Array], jax.Array]:
-    jitted = jax.jit(lambda x: x, out_shardings=sharding.replicated(self.mesh))
+    end = sharding.on_mesh(self.mesh, self.spread.lift)
+    jitted = jax.jit(end, out_shardings=sharding.replicated(self.mesh))
     return jitted.lower(self._begun().x).compile()
 
   def _begun(self) -> Carry:
@@ -203,14 +217,14 @@ class Sampler:
       carry: Carry,
       numbers: Schedule,
     ) -> Carry:
-      key, made = jax.random.key(seed), network(self.model, params)
-      _, noise = sampler.initial_noise(key, index_B, self.shape)
+      key, made = jax.random.key(seed), self.network(params)
+      _, noise = sampler.initial_noise(key, index_B, self.noised)
       return sampler.follow(
         form, self.stepper, made, null, carry, label_B, noise, numbers
       )
 
     def empty(params: Params, x: jax.Array, label_B: jax.Array) -> Any:
-      return sampler.empty(form, network(self.model, params), x, label_B)
+      return sampler.empty(form, self.network(params), x, label_B)
 
     rows, split = self._rows, sharding.split(self.mesh)
     params = sharding.place(self.mesh, denoiser.abstract_params(self.model))
@@ -250,6 +264,7 @@ def from_config(
     batch_size or config.sample.batch_size,
     mesh,
     meter,
+    config_lib.spread(config, model),
   )
 
 

@@ -4,6 +4,7 @@
 than its spans, and says what did not.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from elit_jax import trees
 from elit_jax.errors import ConfigError
-from elit_jax.models.spec import Blocks, Grid, Model, Read, find, names
+from elit_jax.models.spec import Blocks, Grid, Model, Read, find, names, scales
 
 Params = dict[str, Any]
 
@@ -33,12 +34,20 @@ def restack(params: Params, source: Model, target: Model) -> Params:
   """Parameters of `source` with their blocks stacked as `target` spans them.
 
   Blocks keep their number, everything else its place, so the same function moves
-  parameters, EMA and optimiser moments. Raises ConfigError if the depths differ.
+  parameters, EMA and optimiser moments. Raises ConfigError if the depths differ, or if
+  a block of one has other arrays than the same of the other, such as a long skip's.
   """
   old, new = spans(source), spans(target)
   depths = [sum(count for _, _, count in s) for s in (old, new)]
   if depths[0] != depths[1]:
     raise ConfigError(f"cannot restack {depths[0]} blocks into {depths[1]}")
+  pairs = zip(_forms(source), _forms(target), strict=True)
+  for number, (theirs, ours) in enumerate(pairs):
+    if theirs != ours:
+      raise ConfigError(
+        f"cannot restack block {number}, which is {theirs} there and {ours} here: a "
+        "graft takes what fits"
+      )
   named = {name for name, _, _ in old}
   rest = {name: part for name, part in params.items() if name not in named}
   layers = [(name, i) for name, _, count in old for i in range(count)]
@@ -46,6 +55,16 @@ def restack(params: Params, source: Model, target: Model) -> Params:
     name: _stack([_layer(params, *layers[first + i]) for i in range(count)])
     for name, first, count in new
   }
+
+
+def _forms(model: Model) -> list[tuple[Blocks, int]]:
+  """What the arrays of each block follow from: the block alone, and its width."""
+  out: list[tuple[Blocks, int]] = []
+  for stage, scale in zip(model.trunk, scales(model.trunk), strict=True):
+    if isinstance(stage, Blocks):
+      form = dataclasses.replace(stage, count=1, push=False, rope=False)
+      out += [(form, scale * model.width)] * stage.count
+  return out
 
 
 def _layer(params: Params, name: str, index: int) -> Params:
@@ -71,15 +90,32 @@ def _channels(theirs: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, str]:
   return out, f"the first {both} output channels are kept"
 
 
+def _chunks(theirs: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, str]:
+  """Six chunks of Read's modulation, and the released seventh, which is never used."""
+  both = min(theirs.shape[-2], ours.shape[-2])
+  out = np.concatenate([theirs[..., :both, :], ours[..., both:, :]], axis=-2)
+  return out, f"the first {both} chunks are kept"
+
+
 # Arrays a part of which means the same in another shape, and the axis that may differ.
 PARTS: tuple[tuple[str, int, Callable], ...] = (
-  (r"label\.table$", 0, _null_row),
+  (r"^(label|prompt)\.table$", 0, _null_row),
+  (r"^read\.modulation\.linear\.(kernel|bias)$", -2, _chunks),
   (r"unembed\.linear\.(kernel|bias)$", -1, _channels),
 )
 # What belongs to a place in a group, to one in the whole grid, and to a kind of sample.
 OF_THE_GROUP = r"(read\.(query|slot_position|latent_position)|write\.slot_position)$"
-OF_THE_GRID = r"read\.latent_position$"
+OF_THE_GRID = r"(read\.latent_position|^position\.table)$"
 OF_THE_CHANNELS = r"^unembed\.linear\."
+# What no array shows.
+WAYS: dict[str, Callable[[Model], object]] = {
+  "the condition": lambda model: model.condition,
+  "absolute positions": lambda model: model.positions,
+  "RoPE": lambda model: any(isinstance(s, Blocks) and s.rope for s in model.trunk),
+  "kinds of blocks": lambda model: sorted(
+    {stage.kind for stage in model.trunk if isinstance(stage, Blocks)}
+  ),
+}
 
 
 def graft(
@@ -122,6 +158,10 @@ def graft(
     if name not in ours:
       notes.setdefault("left, as this model has none", []).append(name)
   lines = [f"{why}: {', '.join(trees.grouped(n))}" for why, n in notes.items()]
+  for what, way in WAYS.items():
+    there, here = way(source), way(target)
+    if there != here:
+      lines.append(f"{what}: {there} there, {here} here, which must be unlearned")
   return _stacked(out, target, fresh), lines
 
 

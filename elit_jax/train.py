@@ -32,6 +32,7 @@ from elit_jax.data.pipeline import Loader
 from elit_jax.data.sources import Source, make_source
 from elit_jax.data.stored import unpack
 from elit_jax.errors import ConfigError
+from elit_jax.flow.matching import Network
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 
@@ -202,13 +203,16 @@ def open_source(config: Config, split: str = "train") -> Source:
   label lies outside the classes.
   """
   d, example = config.data, config_lib.example(config)
+  wanted = config_lib.sample_shape(config)
   source = make_source(
-    d.source, split, d.shape, config.model.classes, d.path, d.vae, d.dtype
+    d.source, split, wanted, config.model.classes, d.path, d.vae, d.dtype
   )
   image = source[0]["image"]
   if image.shape != example.shape:
+    spread = f" with config.data.spread {d.spread!r}" if d.spread else ""
     raise ConfigError(
-      f"config.data.shape is {d.shape}, but {source!r} has samples of {image.shape}"
+      f"config.data.shape is {d.shape}{spread}, but {source!r} has samples of "
+      f"{image.shape}"
     )
   if image.dtype != example.dtype:
     raise ConfigError(
@@ -286,10 +290,8 @@ def train_step(
   key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
 
   def loss_fn(params: Any, micro: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
-    def network(x: jax.Array, t_B: jax.Array, label_B: jax.Array) -> denoiser.Output:
-      return denoiser.apply(model, params, x, t_B, label_B, budget)
-
-    return objective(network, key, unpack(config.data.vae, key, micro))
+    network = learner(config, model, params, budget)
+    return objective(network, key, examples(config, model, key, micro))
 
   grads, metrics = accumulate(
     loss_fn, state["params"], batch, config.train.accumulation
@@ -319,6 +321,25 @@ def train_step(
     "bad_run": counters["bad_run"],
   }
   return learnt | counters, metrics
+
+
+def learner(config: Config, model: spec.Model, params: Any, budget: Budget) -> Network:
+  """The network of a loss: it sees what is noised as `data.spread` lays it."""
+  spread = config_lib.spread(config, model)
+
+  def network(x: jax.Array, t_B: jax.Array, label_B: jax.Array) -> denoiser.Output:
+    out = denoiser.apply(model, params, spread.enter(x), t_B, label_B, budget)
+    return out._replace(prediction=spread.leave(out.prediction))
+
+  return network
+
+
+def examples(
+  config: Config, model: spec.Model, key: jax.Array, batch: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """A stored batch with what is noised and learnt as its `image`; key: of the step."""
+  found = unpack(config.data.vae, key, batch)
+  return found | {"image": config_lib.spread(config, model).lay(found["image"])}
 
 
 def apply_gradient(

@@ -14,7 +14,7 @@ from elit_jax import sharding
 from elit_jax.models import presets
 
 KEPT = ("params", "ema", "opt")  # what a bad step must not touch
-ELIT = {"window": (2, 2), "head": 0, "tail": 0, "write_depth": 1, "sees": "all"}
+ELIT = base.elit((2, 2), 0, 0).to_dict()
 real_make_mesh = sharding.make_mesh
 
 

@@ -5,18 +5,21 @@ programs: jax writes them without a lock, so that one could read the other's hal
 """
 
 import fcntl
+import functools
+import gc
 import importlib.metadata
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Most of the tests' time is compiling, which LLVM's optimiser and XLA's newer emitters
-# make four times as long.
+# make four times as long, and cutting a program into parts a fifth longer.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # unknown flags abort
   _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+  _FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
 # Set in the environment, so that programs started by a test inherit both.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["ELIT_FLAGS_TRIED"] = os.environ["XLA_FLAGS"]
@@ -29,6 +32,8 @@ from digits_run import DIGITS_RUN
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Else every operation that is lowered asks where it was written.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -44,6 +49,28 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> None:
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shapes() -> Iterator[None]:
+  """The shapes of a network's parameters are found once, by tracing its init: every
+  mode and every reader of weights asks for them anew.
+  """
+  from elit_jax.models import denoiser, inception, vae
+  from elit_jax.ports import inception as inception_port
+  from elit_jax.ports import vae as vae_port
+
+  def once(find: Callable) -> Callable:
+    kept = functools.cache(find)
+    # In new dicts each time, as if they had been found again.
+    return lambda *network: jax.tree.map(lambda leaf: leaf, kept(*network))
+
+  with pytest.MonkeyPatch.context() as patch:
+    for homes in ((denoiser,), (vae, vae_port), (inception, inception_port)):
+      found = once(homes[0].abstract_params)
+      for home in homes:
+        patch.setattr(home, "abstract_params", found)
+    yield
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +144,15 @@ def digits_run(
     run_main(*DIGITS_RUN, f"--workdir={folder / 'run'}", "--mode=train")
 
   return made_once("digits", make) / "run"
+
+
+def pytest_collection_finish() -> None:
+  """What is loaded by now stays: to look through it for garbage again and again takes
+  a sixth of the time of tests that trace.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -104,7 +104,7 @@ CASES = {
   ),
   "QK-norm": Case(
     take("plain", "--config.model.qk_norm=head_ln"),
-    ("QK-norm False, not True", "blocks.{0..3}.attn.q_norm.weight (4)"),
+    ("QK-norm none, not head_ln", "blocks.{0..3}.attn.q_norm.weight (4)"),
   ),
   "a plain file, elastic": Case(
     take("plain", config=SPLIT),

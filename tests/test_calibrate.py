@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -18,7 +19,7 @@ from elit_jax.budget import Budget
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
-from elit_jax.models import denoiser
+from elit_jax.models import denoiser, spec
 from elit_jax.sampling import caching
 
 STEPS = 6
@@ -40,14 +41,22 @@ def make_config(**leaves) -> config_lib.Config:
 
 def make_params(config: config_lib.Config):
   """Of a network whose every part does something."""
-  params = denoiser.init(config_lib.build_model(config), jax.random.key(3))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(4), len(leaves))
-  moved = [
-    leaf + 0.1 * jax.random.normal(key, leaf.shape)
-    for key, leaf in zip(keys, leaves, strict=True)
-  ]
-  return jax.tree.unflatten(tree, moved)
+  return jax.tree.map(jnp.copy, drawn(config_lib.build_model(config)))
+
+
+@functools.cache
+def drawn(model: spec.Model):
+  @jax.jit  # one program, and not one for every shape of every operation
+  def make():
+    leaves, tree = jax.tree.flatten(denoiser.init(model, jax.random.key(3)))
+    keys = jax.random.split(jax.random.key(4), len(leaves))
+    moved = [
+      leaf + 0.1 * jax.random.normal(key, leaf.shape)
+      for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+  return make()
 
 
 def write_checkpoint(workdir, config: config_lib.Config, step: int = 7):

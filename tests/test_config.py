@@ -99,7 +99,7 @@ def test_an_illegal_elit_sit_is_an_error_not_a_crash(arg, named):
 
 
 def test_the_base_config_stays_small():
-  assert len(files.flatten(BASE)) <= 91
+  assert len(files.flatten(BASE)) <= 95
 
 
 def test_what_comes_out_is_typed_and_frozen():
@@ -237,6 +237,8 @@ def test_what_changes_the_model_is_a_difference():
     "elit.head": 2,
     "elit.tail": 1,
     "elit.write_depth": 2,
+    "elit.cross": "error",
+    "model.positions": "rope",
     "elit.sees": "kept",
     "elit.window": [4, 4],
     "flow.path": "cosine",

@@ -54,6 +54,20 @@ CASES = {
     ("--config.optim.lr=1", BASE, DESCRIBE), ("config.optim.lr", "after --config")
   ),
   "two configs": Case((BASE, DIGITS, DESCRIBE), ("2 times", "one config")),
+  "unknown table": Case((DESCRIBE, "--table=elti"), ("'elti'", "Known: elit")),
+  "no table": Case((DESCRIBE, "--table="), ("unknown table ''", "Known: elit")),
+  "table and config": Case(
+    (BASE, DESCRIBE, "--table=elit"), ("--table=elit", "--config does nothing")
+  ),
+  "table and budgets": Case(
+    (DESCRIBE, "--table=elit", "--budgets=k4"), ("--budgets does nothing",)
+  ),
+  "table of a run": Case(
+    (DESCRIBE, "--table=elit", "--workdir={tmp}"), ("--workdir does nothing",)
+  ),
+  "table of no description": Case(
+    (BASE, TRAIN, "--table=elit"), ("--table", "--mode=describe")
+  ),
   "no workdir": Case((BASE, TRAIN), ("--workdir is missing",)),
   "empty workdir": Case((BASE, TRAIN, "--workdir="), ("--workdir is missing",)),
   "unknown mode": Case((BASE, "--mode=trian"), ("'trian'", "train")),
@@ -174,12 +188,43 @@ CASES = {
   "heads do not divide": Case(
     describe(BASE, "model.preset=SiT-odd/2"), ("3 heads", "width 32")
   ),
+  "unknown read": Case(
+    describe(DIGITS, "elit.read=corss"), ("kind of Read 'corss'", "'cross'", "qformer")
+  ),
+  "unknown write": Case(
+    describe(DIGITS, "elit.write=qformer"), ("kind of Write 'qformer'", "cross, self")
+  ),
+  "no read layer": Case(
+    describe(DIGITS, "elit.read_depth=0"), ("Read needs at least one layer", "0")
+  ),
+  "an MLP of nothing": Case(
+    describe(DIGITS, "elit.mlp_ratio=0.001"), ("wider than nothing", "Read's is 0.001")
+  ),
+  "an MLP turned round": Case(
+    describe(DIGITS, "elit.mlp_ratio=-1"), ("wider than nothing", "Read's is -1.0")
+  ),
+  "an endless MLP": Case(
+    describe(DIGITS, "elit.mlp_ratio=inf"), ("finite", "Read's is inf")
+  ),
+  "kept latents that see the dropped": Case(
+    describe(DIGITS, "elit.sees=kept", "elit.read=qformer"),
+    ("'kept'", "'qformer'", "use 'all'"),
+  ),
   "no write layer": Case(describe(DIGITS, "elit.write_depth=0"), ("at least one", "0")),
   "shape without channels": Case(
     describe(BASE, "data.shape=(8,)"), ("(8,)", "channels")
   ),
   "empty shape": Case(
     describe(BASE, "data.shape=(0,8,1)"), ("(0, 8, 1)", "at least 1")
+  ),
+  "unknown spread": Case(describe(BASE, "data.spread=hole"), ("'hole'", "'whole'")),
+  "canvas of odd extent": Case(
+    describe(BASE, "data.shape=(10,8,1)", "data.spread=real"),
+    ("(10, 8, 1)", "multiples of (4, 4)"),
+  ),
+  "canvas as small as the data": Case(
+    train(BASE, "data.source=digits", "data.spread=whole"),
+    ("data.spread 'whole'", "(8, 8, 1)"),
   ),
   # Budgets.
   "budget of 0": Case(describe(DIGITS, "budgets=('k0',)"), ("'k0'", "k1")),

@@ -332,6 +332,34 @@ def test_a_graft_says_that_the_samples_are_others(latent, run_main, tmp_path, ca
   assert any(note in r.message and r.levelname == "WARNING" for r in caplog.records)
 
 
+@pytest.mark.parametrize("family", ["UViT", "HDiT"])
+def test_a_backbone_without_names_of_others(family, imported, run_main, tmp_path):
+  """It grafts into its elastic version and comes from what fits; no file is its own."""
+  backbone, elastic_run = tmp_path / "backbone", tmp_path / "elastic"
+  preset, source = f"--config.model.preset={family}-tiny/2", tmp_path / "x.safetensors"
+  files.write(source, plain())
+  for flags in ((), ("--graft",)):
+    argv = (f"--source={source}", f"--workdir={backbone}", *flags)
+    with pytest.raises(ConfigError, match=r"no counterpart .* \(RoPE\); files of weig"):
+      run_main(BASE, preset, "--mode=import", *argv)
+  assert not backbone.exists()
+  argv = (f"--source={imported}", f"--workdir={backbone}")
+  run_main(BASE, preset, "--mode=import", "--graft", *argv)
+  argv = (f"--source={backbone}", f"--workdir={elastic_run}")
+  tail = "--config.elit.tail=1"
+  run_main(*SPLIT, preset, tail, "--mode=import", "--graft", *argv)
+  (note,) = json.loads((elastic_run / "imported.json").read_text())[
+    "not_as_in_the_source"
+  ]
+  assert note.startswith("fresh, as the source has none: read.attn.k_norm")
+  target = tmp_path / "new.safetensors"
+  for run, config in ((backbone, (BASE,)), (elastic_run, (*SPLIT, tail))):
+    argv = (f"--target={target}", f"--workdir={run}")
+    with pytest.raises(ConfigError, match="no counterpart among the checkpoints"):
+      run_main(*config, preset, "--mode=export", *argv)
+  assert not target.exists()
+
+
 @pytest.mark.parametrize("action", ["export", "import"])
 def test_broken_projectors_beside_a_run_go_no_further(
   action, imported, run_main, tmp_path

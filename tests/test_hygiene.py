@@ -47,6 +47,7 @@ NEVER: dict[str, frozenset[str]] = {
   # The edge: they turn configs into models.
   "config": ENTRY_POINTS,
   "describe": ENTRY_POINTS,
+  "published": ENTRY_POINTS,
   "doctor": ENTRY_POINTS,
   "rows": ENTRY_POINTS,
   "evaluator": ENTRY_POINTS - {"sample"},

@@ -43,7 +43,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 108
+MOST_LEAVES = 117
 
 
 class Knob(NamedTuple):
@@ -54,7 +54,7 @@ class Knob(NamedTuple):
   beside: Mapping[str, Any] = MappingProxyType({})
 
 
-PART = {"window": (2, 2), "head": 1, "tail": 1, "write_depth": 1, "sees": "all"}
+PART = base.elit((2, 2), 1, 1).to_dict()
 ELIT = {"elit": PART, "budgets": ("k4", "k1")}
 GUIDED = {"guidance.scale": 2.0}
 
@@ -84,6 +84,7 @@ KNOBS = {
   "model.preset": Knob("SiT-tiny/4", "step sampling"),
   "model.classes": Knob(11, "step sampling"),
   "model.qk_norm": Knob("head_ln", "step sampling"),
+  "model.positions": Knob("rope", "step sampling"),
   "model.dtype": Knob("bfloat16", "step sampling"),
   "model.remat": Knob("full", "step"),
   "model.attention": Knob("splash", "choice"),
@@ -92,6 +93,7 @@ KNOBS = {
   "data.source": Knob("digits", "data"),
   "data.path": Knob("elsewhere", "preparing", PIXELS),
   "data.shape": Knob((4, 4, 1), "step data"),
+  "data.spread": Knob("real", "step data sampling evaluation"),
   "data.vae": Knob("tiny", "step", {"data.shape": (8, 8, 4)}),
   "data.dtype": Knob("uint8", "step"),
   "budgets": Knob(("k4", "k2"), "budgets step", ELIT),
@@ -178,7 +180,11 @@ KNOBS = {
   "elit.window": Knob((4, 4), "step sampling", ELIT),
   "elit.head": Knob(2, "step sampling", ELIT),
   "elit.tail": Knob(2, "step sampling", ELIT),
+  "elit.read": Knob("qformer", "step sampling", ELIT),
+  "elit.read_depth": Knob(2, "step sampling", ELIT),
+  "elit.write": Knob("self", "step sampling", ELIT),
   "elit.write_depth": Knob(2, "step sampling", ELIT),
+  "elit.mlp_ratio": Knob(4.0, "step sampling", ELIT),
   "elit.sees": Knob("kept", "step sampling", ELIT | {"sample.budgets": ("k1",)}),
 }
 

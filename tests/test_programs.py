@@ -66,7 +66,7 @@ def test_a_run_keeps_its_programs_before_it_compiles(monkeypatch, tmp_path):
   monkeypatch.setattr(preemption, "install", lambda: None)
   monkeypatch.setattr(main, "keep_programs", lambda workdir: done.append(workdir))
   monkeypatch.setattr(train, "run", lambda config, workdir: done.append("trained"))
-  unused = dict.fromkeys(("SOURCE", "GRAFT", "TARGET", "DTYPE"), "")
+  unused = dict.fromkeys(("SOURCE", "GRAFT", "TARGET", "DTYPE", "EVALUATE"), "")
   for name, value in {"MODE": "train", **unused}.items():  # no flags are parsed here
     monkeypatch.setattr(main, name, SimpleNamespace(value=value))
   main._run(None, tmp_path)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import pathlib
+import shutil
 from collections.abc import Callable
 
 import jax
@@ -120,19 +121,23 @@ def test_fine_tuning_wants_a_number_of_classes(arg):
 # Of the shape of "sd", in whose place it stands: the latents mean nothing, but they are
 # those of photographs, by every step of the way.
 THIN = vae.VAE(widths=(2, 2, 2, 2), layers=1, groups=1)
+FEW = 20  # classes of one photograph each
 OF_SIZE_B = [run for run in imagenet.RUNS if "-b-" in run]
 
 
 @pytest.fixture(scope="module")
 def latents(photographs_dir, tmp_path_factory) -> Callable[[str], pathlib.Path]:
-  """latents(run): all photographs as its moments, prepared as the recipe says."""
+  """latents(run): photographs as its moments, prepared as the recipe says."""
+  few = tmp_path_factory.mktemp("photographs")
+  for path in sorted(photographs_dir.iterdir())[:FEW]:
+    shutil.copytree(path, few / path.name)
 
   @functools.cache
   def make(pixels: str) -> pathlib.Path:
     folder = tmp_path_factory.mktemp(f"imagenet_{pixels}")
     raw = imagenet.get_config(f"sit-b-{pixels}")
     raw.data.path = str(folder)
-    raw.prepare.source, raw.prepare.weights = str(photographs_dir), "random:0"
+    raw.prepare.source, raw.prepare.weights = str(few), "random:0"
     with pytest.MonkeyPatch.context() as patch:
       patch.setitem(vae.VAES, "sd", THIN)
       prepare.run(config_lib.resolve(raw), folder)
@@ -154,7 +159,7 @@ def take_a_step(run: str, folder: pathlib.Path) -> dict[str, float]:
   mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
   budget = config_lib.budgets(config, model)[-1]
   source = train.open_source(config)
-  assert len(source) == 200
+  assert len(source) == FEW
   with contextlib.closing(pipeline.Loader(source, 2, config.seed)) as loader:
     batch = train.put(config, mesh, next(loader))
   target = train.abstract_state(config, model, mesh)

@@ -20,7 +20,7 @@ from elit_jax.models import denoiser, presets
 from elit_jax.nn.partition import AXES
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2))
-ELIT = {"window": (2, 2), "head": 1, "tail": 1, "write_depth": 1, "sees": "all"}
+ELIT = base.elit((2, 2), 1, 1).to_dict()
 # Two blocks outside the core and one inside; eight heads, so that tensor may be 8.
 SIZE = presets.Size(3, 32, 8)
 CASES = {"dit": {}, "elit": {"elit": ELIT, "budgets": ("k4", "k1")}}
@@ -107,10 +107,22 @@ def close(a, b, tolerance=1e-5):
   return float(np.max(np.abs(a - b))) <= tolerance * scale
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize(
-  "case,budget", [("dit", Budget()), ("elit", Budget(4)), ("elit", Budget(1))], ids=str
-)
+# Each mesh with all that there is, and what is less on the one that splits all three
+# ways; the rest is slow.
+STEPPED = [
+  pytest.param(
+    case,
+    budget,
+    mesh,
+    marks=[] if budget == Budget(4) or all_split else pytest.mark.slow,
+  )
+  for case, budget in (("dit", Budget()), ("elit", Budget(4)), ("elit", Budget(1)))
+  for mesh in MESHES
+  for all_split in [min(mesh) > 1]
+]
+
+
+@pytest.mark.parametrize("case,budget,mesh", STEPPED, ids=str)
 def test_every_mesh_takes_the_steps_of_one_device(case, budget, mesh):
   found, expected = (three_steps(case, m, budget) for m in (mesh, (1, 1, 1)))
   for mine, theirs in zip(found.rows, expected.rows, strict=True):
@@ -128,7 +140,13 @@ def test_every_mesh_takes_the_steps_of_one_device(case, budget, mesh):
       assert close(leaf, theirs[path]), path
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    pytest.param(mesh, marks=[] if mesh in ((8, 1, 1), (2, 2, 2)) else pytest.mark.slow)
+    for mesh in MESHES
+  ],
+)
 def test_samples_are_the_same_on_every_mesh(mesh):
   assert close(samples(mesh), samples((1, 1, 1)))
 

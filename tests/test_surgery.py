@@ -193,6 +193,132 @@ def test_other_heads_keep_no_attention() -> None:
   assert "blocks.{0..4}.attn.qkv.kernel (5)" in notes
 
 
+# --- backbones ------------------------------------------------------------------------
+
+FORM = {"channels": 2, "classes": 3}
+MODERN = FORM | {"rope": True, "positions": "none", "qk_norm": "head_rms"}
+SEVEN = presets.Size(7, 32, 2)
+BACKBONES = {
+  "modern": presets.dit(SEVEN, (1, 1), **MODERN),
+  "uvit": presets.uvit(SEVEN, (1, 1), **MODERN),
+  "original uvit": presets.original_uvit(SEVEN, (1, 1), (4, 4), **FORM),
+  "hdit": presets.hdit(SEVEN, (1, 1), **MODERN),
+  "mmdit": presets.mmdit(SEVEN, (1, 1), **FORM),
+}
+# Head and tail as in the paper, and as released, where pairs of long skips are broken.
+EVEN, ODD = (1, 1), (2, 1)
+
+
+def split_of(name: str, ends: tuple[int, int]) -> Model:
+  return elastic.elit(BACKBONES[name], (1, 1) if name == "hdit" else (2, 2), *ends)
+
+
+def of_blocks(params: surgery.Params, model: Model) -> dict[str, np.ndarray]:
+  named = surgery._by_block(params, model)
+  return {n: a for n, a in named.items() if not n.startswith(("read.", "write."))}
+
+
+def breaks(name: str, ends: tuple[int, int]) -> bool:
+  return "uvit" in name and ends == ODD
+
+
+@pytest.mark.parametrize("ends", [EVEN, ODD])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_is_restacked_there_and_back(
+  name: str, ends: tuple[int, int]
+) -> None:
+  plain, elit = BACKBONES[name], split_of(name, ends)
+  params = params_of(plain)
+  if breaks(name, ends):
+    with pytest.raises(ConfigError, match=r"cannot restack block \d, which is .*pop=T"):
+      surgery.restack(params, plain, elit)
+    return
+  moved = surgery.restack(params, plain, elit)
+  interface = {n: p for n, p in params_of(elit).items() if n in ("read", "write")}
+  assert jax.tree.map(np.shape, moved | interface) == jax.tree.map(
+    np.shape, denoiser.abstract_params(elit)
+  )
+  theirs, ours = of_blocks(params, plain), of_blocks(moved, elit)
+  assert theirs.keys() == ours.keys()
+  for leaf in theirs:
+    np.testing.assert_array_equal(ours[leaf], theirs[leaf])
+  back = surgery.restack(moved, elit, plain)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.mark.parametrize("ends", [EVEN, ODD])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_is_grafted_there_and_back(
+  name: str, ends: tuple[int, int]
+) -> None:
+  """All but broken long skips, which are named."""
+  plain, elit = BACKBONES[name], split_of(name, ends)
+  theirs, fresh, out, notes = graft(plain, elit)
+  taken, kept = split(theirs, fresh, out)
+  lost = set(theirs) - taken
+  assert kept == {n for n in out if n.startswith(("read.", "write."))}
+  assert {n.split(".", 2)[2] for n in lost} == (
+    {"skip.kernel", "skip.bias"} if breaks(name, ends) else set()
+  )
+  left = [line for line in notes.splitlines() if line.startswith("left, as this")]
+  assert len(left) == bool(lost)
+  if lost:
+    (pair,) = {int(n.split(".")[1]) for n in lost}
+    skips = elastic.long_skips(plain.trunk), elastic.long_skips(elit.trunk)
+    assert pair in {end for _, end in set(skips[0]) - set(skips[1])}
+    assert f"blocks.{pair}.skip.kernel" in left[0]
+  *_, back, notes = graft(elit, plain)
+  assert ("fresh, as the source has none" in notes) == bool(lost)
+  assert back.keys() == theirs.keys()
+
+
+def test_merging_at_other_blocks_is_not_the_same() -> None:
+  """Down and Up are numbered by blocks, and so are what stands between them."""
+  there, here = (
+    presets.hdit(SEVEN, (1, 1), down_after=down, up_after=5, **MODERN)
+    for down in (2, 3)
+  )
+  with pytest.raises(
+    ConfigError, match=r"block 2, which is .* 64\) there .* 32\) here"
+  ):
+    surgery.restack(params_of(there), there, here)
+  theirs, fresh, out, notes = graft(there, here)
+  taken, kept = split(theirs, fresh, out)
+  assert {n.split(".")[0] for n in kept} == {"blocks", "down_03"}
+  assert {n.split(".")[1] for n in kept if n.startswith("blocks")} == {"2"}
+  assert "up_05.linear.kernel" in taken
+  assert "as this model has none: down_02.linear.bias, down_02.linear.kernel" in notes
+
+
+def test_what_no_array_shows_is_said() -> None:
+  plain, modern = PLAIN, presets.dit(SIZE, (1, 1), **FORM, rope=True, positions="none")
+  theirs, fresh, out, notes = graft(plain, modern)
+  assert split(theirs, fresh, out)[0] == set(out)
+  assert notes.splitlines() == [
+    "absolute positions: sincos there, none here, which must be unlearned",
+    "RoPE: False there, True here, which must be unlearned",
+  ]
+
+
+def test_the_unused_chunk_of_read_comes_and_goes() -> None:
+  six = elastic.elit(PLAIN, (2, 2), 1, 2, read={"chunks": 6})
+  name = "read.modulation.linear.kernel"
+  for source, target in ((ELIT, six), (six, ELIT)):
+    theirs, fresh, out, notes = graft(source, target)
+    np.testing.assert_array_equal(out[name][:, :6], theirs[name][:, :6])
+    np.testing.assert_array_equal(out[name][:, 6:], fresh[name][:, 6:])
+    assert notes.count("the first 6 chunks are kept") == 2
+
+
+def test_positions_of_another_grid_are_fresh() -> None:
+  """Also where there are as many."""
+  source = presets.original_uvit(SIZE, (1, 1), (4, 4), **FORM)
+  target = presets.original_uvit(SIZE, (1, 1), (8, 2), **FORM)
+  theirs, fresh, out, notes = graft(source, target, same_grid=False)
+  assert split(theirs, fresh, out)[1] == {"position.table"}
+  assert notes == "fresh, as the token grids differ: position.table"
+
+
 def test_names_are_grouped() -> None:
   names = [f"blocks.{i}.{part}" for i in range(4, 28) for part in ("a.w", "b.w")]
   names += [f"p.{i}.{j}.w" for i in range(3) for j in (0, 2, 4)]

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from elit_jax import config as config_lib
 from elit_jax import sharding
 from elit_jax.config import Config
 from elit_jax.data import shard_writer, shards, stored
@@ -90,7 +91,7 @@ def make_job(config: Config) -> Job:
   head = {
     "version": shards.VERSION,
     "format": p.format,
-    **stored.fields(d.shape, d.vae, d.dtype),
+    **stored.fields(config_lib.sample_shape(config), d.vae, d.dtype),
     "weights": weights,
     "input_range": [-1, 1] if d.vae else [0, 255],
     "resolution": list(size),
@@ -136,7 +137,7 @@ def _picture(config: Config) -> tuple[int, int]:
     raise ConfigError(
       f"config.data.shape is {d.shape}: images give (height, width, channels)"
     )
-  height, width, channels = d.shape
+  height, width, channels = config_lib.sample_shape(config)
   factor, dtypes = 1, ["uint8"]
   if d.vae:  # whose channels the config has been checked for
     from elit_jax.models import vae

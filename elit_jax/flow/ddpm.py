@@ -45,7 +45,7 @@ def variational_bound(
   logarithm is linear (Improved DDPM, eq. 15).
   """
   q, scale = posterior_table(path)
-  index_B = jnp.round(t_B * path.steps).astype(jnp.int32)
+  index_B = jnp.round(t_B * path.steps).astype(jnp.int32) - path.first
 
   def at(table: np.ndarray) -> jax.Array:
     row_B = jnp.asarray(table, jnp.float32)[index_B]
@@ -64,11 +64,11 @@ def variational_bound(
 
 
 def posterior_table(path: Process) -> tuple[Posterior, np.ndarray]:
-  """q(x_{i-1} | x_i, x_0) at every index i, and sigma / alpha there; float64.
+  """q(x_{i-1} | x_i, x_0) at every counted time, and sigma / alpha there; float64.
 
-  At index 0 the variance is 0, and has that of index 1 in its place (DDPM's code).
+  At the first the variance is 0, and has that of the next in its place (DDPM's code).
   """
-  t = np.arange(path.steps) / path.steps
+  t = path.counted
   q = posterior(path, t, t - 1 / path.steps)
   q.small[0] = q.small[1]
   return q, path.sigma(np, t) / path.alpha(np, t)

@@ -114,6 +114,6 @@ def _outermost(path: Process, interval: Interval) -> tuple[float, float]:
   low, high = interval
   if not path.steps:
     return low, high
-  t = np.arange(path.steps) / path.steps
+  t = path.counted
   t = t[((t > low) | (low == 0)) & (t <= high)]
   return (float(t[0]), float(t[-1])) if len(t) else (low, high)

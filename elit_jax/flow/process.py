@@ -25,7 +25,8 @@ class Process(NamedTuple):
   Every function takes the array library (jnp or np) first, so the training step uses
   it on the device and the samplers use it in float64 on the host. logit_normal and
   uniform turn draws from N(0, 1) and U(0, 1) into times to train on. span: the times of
-  pure noise and of clean data. steps: how many times i / steps there are; 0: all.
+  pure noise and of clean data. steps: how many times i / steps there are, beginning
+  with i = first; 0: all.
   """
 
   alpha: Coefficient
@@ -36,6 +37,12 @@ class Process(NamedTuple):
   uniform: Coefficient = _itself
   span: tuple[float, float] = (1.0, 0.0)
   steps: int = 0
+  first: int = 0
+
+  @property
+  def counted(self) -> np.ndarray:
+    """All times of a path that counts them, rising; float64."""
+    return (np.arange(self.steps) + self.first) / self.steps
 
 
 def _variance_preserving(log_alpha: Coefficient, slope: Coefficient) -> dict[str, Any]:
@@ -70,29 +77,45 @@ def _vp_logit_normal(xp: Any, n: Any) -> Any:
 # --- DDPM's thousand steps ------------------------------------------------------------
 
 DDPM_BETAS = np.linspace(1e-4, 0.02, 1000)
-# log alpha at the indices -1 (clean data), 0, ..., 999.
-_LOG_ALPHA = np.append(0.0, np.cumsum(np.log1p(-DDPM_BETAS)) / 2)
+SD_BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
 
 
-def _ddpm_log_alpha(xp: Any, t: Any) -> Any:
-  """Exact at the times i / 1000, linear between them (DPM-Solver, appendix D)."""
-  return xp.interp(t * 1000 + 1, _as(xp, np.arange(1001.0)), _as(xp, _LOG_ALPHA))
+def _counted(betas: np.ndarray, first: int) -> Process:
+  """The path of as many steps as betas; the first noisy time is `first` of them.
 
+  Clean data is one step below. Between times log alpha is linear (DPM-Solver, app. D).
+  """
+  steps = len(betas)
+  # At clean data and at every time.
+  log_alpha_T = np.append(0.0, np.cumsum(np.log1p(-betas)) / 2)
+  places_T = np.arange(steps + 1.0)
 
-def _ddpm_slope(xp: Any, t: Any) -> Any:
-  """At an index itself, the slope of the piece on the side of the data."""
-  piece = xp.clip(xp.ceil(t * 1000 - 1e-3), 0, 999).astype("int32")
-  return _as(xp, np.diff(_LOG_ALPHA) * 1000)[piece]
+  def log_alpha(xp: Any, t: Any) -> Any:
+    place = t * steps + (1 - first)
+    return xp.interp(place, _as(xp, places_T), _as(xp, log_alpha_T))
+
+  def slope(xp: Any, t: Any) -> Any:
+    """At a time itself, the slope of the piece on the side of the data."""
+    piece = xp.clip(xp.ceil(t * steps - first - 1e-3), 0, steps - 1).astype("int32")
+    return _as(xp, np.diff(log_alpha_T) * steps)[piece]
+
+  def logit_normal(xp: Any, n: Any) -> Any:
+    minus_log_alpha = xp.logaddexp(0.0, 2 * n) / 2
+    place = xp.interp(minus_log_alpha, _as(xp, -log_alpha_T), _as(xp, places_T))
+    return (xp.clip(xp.round(place - 1), 0, steps - 1) + first) / steps
+
+  return Process(
+    **_variance_preserving(log_alpha, slope),
+    logit_normal=logit_normal,
+    uniform=lambda xp, u: (xp.floor(u * steps) + first) / steps,
+    span=((first + steps - 1) / steps, (first - 1) / steps),
+    steps=steps,
+    first=first,
+  )
 
 
 def _as(xp: Any, table: np.ndarray) -> Any:
   return table if xp is np else jnp.asarray(table, jnp.float32)
-
-
-def _ddpm_logit_normal(xp: Any, n: Any) -> Any:
-  minus_log_alpha = xp.logaddexp(0.0, 2 * n) / 2
-  index = xp.interp(minus_log_alpha, _as(xp, -_LOG_ALPHA), _as(xp, np.arange(1001.0)))
-  return xp.clip(xp.round(index - 1), 0, 999) / 1000
 
 
 # SiT, eq. 5 ff. A logit-normal draw n is the time at which log(sigma / alpha) = n.
@@ -120,13 +143,9 @@ PROCESSES = {
     uniform=lambda xp, u: VP_FIRST + (1 - VP_FIRST) * u,
   ),
   # DDPM, sec. 4, and DiT: index i is the time i / 1000, and clean data one index below.
-  "ddpm": Process(
-    **_variance_preserving(_ddpm_log_alpha, _ddpm_slope),
-    logit_normal=_ddpm_logit_normal,
-    uniform=lambda xp, u: xp.floor(u * 1000) / 1000,
-    span=(0.999, -0.001),
-    steps=1000,
-  ),
+  "ddpm": _counted(DDPM_BETAS, first=0),
+  # Stable Diffusion's betas as U-ViT counts them: 1 to 1000, and clean data at 0.
+  "sd": _counted(SD_BETAS, first=1),
 }
 
 

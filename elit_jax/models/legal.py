@@ -232,5 +232,6 @@ class _Walk:
       raise ConfigError(f"{name} needs at least one layer, not {stage.depth}")
     if not 1 <= stage.mlp_ratio * self.model.width * self.scale < math.inf:
       raise ConfigError(
-        f"an MLP is wider than nothing: the ratio of {name}'s is {stage.mlp_ratio}"
+        "an MLP is wider than nothing, and finite: the ratio of "
+        f"{name}'s is {stage.mlp_ratio}"
       )

@@ -11,18 +11,31 @@ import numpy as np
 
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, elastic
-from elit_jax.models.spec import Blocks, Grid, Model, Read, Tap, Write, find, names
+from elit_jax.models.spec import (
+  Blocks,
+  Down,
+  Grid,
+  Model,
+  Read,
+  Tap,
+  Up,
+  Write,
+  find,
+  names,
+)
 from elit_jax.nn.position import sincos_table
 from elit_jax.ports.tables import (
   Entry,
   Params,
   Place,
+  Shapes,
   export_tensors,
   import_tensors,
   linear,
   misfits,
   vector,
 )
+from elit_jax.ports.tables import grid_of as _grid_of
 from elit_jax.trees import listed
 
 # The fixed sine-cosine table stands in every checkpoint; ours is computed.
@@ -30,6 +43,7 @@ POSITION_TABLE = "pos_embed"
 # REPA's projections, which serve training alone.
 PROJECTOR = re.compile(r"projectors\.\d+\.[024]\.(weight|bias)")
 
+NETWORKS = "DiT, SiT or ELIT-SiT"
 READ, WRITE = "input_token_editor.adapters.0", "output_token_editor.adapters.0"
 
 Tensors = Mapping[str, np.ndarray]
@@ -112,17 +126,8 @@ def model_of(tensors: Tensors, like: Model) -> Model:
   What does not show (heads, the sides of a group) is as in `like` where that fits.
   ConfigError if they are of no DiT, SiT or ELIT-SiT.
   """
-
-  def shape(name: str, axes: int) -> tuple[int, ...]:
-    found = tuple(tensors[name].shape) if name in tensors else ()
-    if len(found) != axes or min(found) < 1:
-      raise ConfigError(f"no DiT, SiT or ELIT-SiT: no tensor {name!r} of {axes} axes")
-    return found
-
-  def count(pattern: str) -> int:
-    found = [re.match(pattern, name) for name in tensors]
-    return len({match[1] for match in found if match})
-
+  found = Shapes(tensors, NETWORKS)
+  shape, count = found.shape, found.count
   width, channels, *patch = shape("x_embedder.proj.weight", 2 + len(like.patch))
   depth = count(r"blocks\.(\d+)\.")
   hidden = shape("blocks.0.mlp.fc1.weight", 2)[0] if depth else 0
@@ -196,40 +201,39 @@ def facts(model: Model) -> dict[str, object]:
     "channels": model.channels,
     "output channels": model.out_channels,
     "classes": model.classes,
-    "QK-norm": any(stage.qk_norm != "none" for stage in blocks),
+    "QK-norm": blocks[0].qk_norm if blocks else "none",
     "latents a group": math.prod(read.window) if isinstance(read, Read) else 0,
     "Write layers": write.depth if isinstance(write, Write) else 0,
     "projectors": len(tap.features) if isinstance(tap, Tap) else 0,
   }
 
 
-def differences(theirs: Model, ours: Model) -> list[str]:
-  """The facts in which two networks differ, with both values."""
-  a, b = facts(theirs), facts(ours)
-  return [f"{name} {a[name]}, not {b[name]}" for name in a if a[name] != b[name]]
-
-
 def grid_of(tensors: Tensors, grid: Sequence[int]) -> Grid:
-  """The token grid of a checkpoint, given that of a model.
+  """The token grid of a checkpoint, given that of a model; see `tables.grid_of`."""
+  return _grid_of(tensors, POSITION_TABLE, grid)
 
-  It shows where the table of positions has as many rows as `grid`, or a square number.
-  ConfigError where it does not.
-  """
-  if POSITION_TABLE not in tensors:
-    raise ConfigError(f"no tensor {POSITION_TABLE!r}, a table (1, tokens, width)")
-  shape, axes = tuple(tensors[POSITION_TABLE].shape), len(grid)
-  if len(shape) != 3 or shape[0] != 1 or min(shape) < 1:
-    raise ConfigError(
-      f"tensor {POSITION_TABLE!r} has shape {shape}: want a table (1, tokens, width)"
-    )
-  if shape[1] == math.prod(grid):
-    return tuple(grid)
-  side = round(shape[1] ** (1 / axes))
-  if side**axes != shape[1]:
-    raise ConfigError(
-      f"tensor {POSITION_TABLE!r} has {shape[1]} rows, of no grid of {axes} equal sides"
-    )
-  return (side,) * axes
+
+def objection(model: Model) -> str:
+  """What these checkpoints have no names for, as in "it rotates ..."; "" if nothing."""
+  blocks = [stage for stage in model.trunk if isinstance(stage, Blocks)]
+  read, write = find(model, Read), find(model, Write)
+  found = {
+    "its blocks are not those of DiT": any(stage.kind != "adaln" for stage in blocks),
+    "its blocks rotate by position (RoPE)": any(stage.rope for stage in blocks),
+    "it adds no sine-cosine table": model.positions != "sincos",
+    "it has long skips": any(stage.push or stage.pop for stage in blocks),
+    "it merges tokens (Down and Up)": any(
+      isinstance(stage, Down | Up) for stage in model.trunk
+    ),
+    "its QK-norm is neither none nor head_ln": any(
+      stage.qk_norm not in ("none", "head_ln") for stage in blocks
+    ),
+    "its Read is not the released one": isinstance(read, Read)
+    and read != Read(read.window, read.positions or 1),
+    "its Write is not the released one": isinstance(write, Write)
+    and write != Write(write.window, write.depth, write.sees),
+  }
+  return next((why for why, true in found.items() if true), "")
 
 
 def table(model: Model) -> list[Entry]:

@@ -4,9 +4,11 @@ A table is a list of `Entry`; import and export are the two directions of the sa
 so missing, unused and misshapen tensors are an error that names them by groups.
 """
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,13 +29,14 @@ class Entry:
   """One foreign tensor and its place in our parameters.
 
   kind: "linear" (out, in) with `inputs` leading input axes of ours; "conv" (out, in,
-  *kernel); "plain" equal up to reshaping. layer: its index on our stacked axis 0.
+  *kernel); "plain" equal up to reshaping; "batch" with a leading axis of one. layer:
+  its index on our stacked axis 0.
   """
 
   name: str
   path: tuple[str, ...]
   layer: int | None = None
-  kind: Literal["linear", "conv", "plain"] = "plain"
+  kind: Literal["linear", "conv", "plain", "batch"] = "plain"
   inputs: int = 1
 
   def to_ours(self, tensor: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -67,6 +70,8 @@ class Entry:
       return (out, fan_in)
     if self.kind == "conv":
       return (shape[-1], shape[-2], *shape[:-2])
+    if self.kind == "batch":
+      return (1, *shape)
     flat = self.inputs == 0
     return (int(np.prod(shape)),) if flat else tuple(shape)
 
@@ -83,6 +88,55 @@ def linear(name: str, path: tuple[str, ...], layer: int | None = None) -> list[E
 def vector(name: str, path: tuple[str, ...], layer: int | None = None) -> Entry:
   """A one-dimensional foreign tensor that ours may hold in several axes."""
   return Entry(name, path, layer, inputs=0)
+
+
+class Shapes(NamedTuple):
+  """What names and shapes of tensors tell of the network that they are of.
+
+  networks: which are looked for, for errors.
+  """
+
+  tensors: Mapping[str, np.ndarray]
+  networks: str
+
+  def shape(self, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor of so many axes; ConfigError if there is none."""
+    found = tuple(self.tensors[name].shape) if name in self.tensors else ()
+    if len(found) != axes or min(found) < 1:
+      raise ConfigError(f"no {self.networks}: no tensor {name!r} of {axes} axes")
+    return found
+
+  def count(self, pattern: str) -> int:
+    """How many texts the first group of a pattern matches at the start of a name."""
+    found = [re.match(pattern, name) for name in self.tensors]
+    return len({match[1] for match in found if match})
+
+
+def grid_of(
+  tensors: Mapping[str, np.ndarray], name: str, grid: Sequence[int], extra: int = 0
+) -> tuple[int, ...]:
+  """The token grid of a table of positions (1, extra + tokens, width) called `name`.
+
+  It shows where it has as many tokens as `grid`, or a square number. ConfigError where
+  it does not.
+  """
+  if name not in tensors:
+    raise ConfigError(f"no tensor {name!r}, a table (1, tokens, width)")
+  shape, axes = tuple(tensors[name].shape), len(grid)
+  if len(shape) != 3 or shape[0] != 1 or min(shape) < 1:
+    raise ConfigError(
+      f"tensor {name!r} has shape {shape}: want a table (1, tokens, width)"
+    )
+  tokens = shape[1] - extra
+  if tokens == math.prod(grid):
+    return tuple(grid)
+  side = round(max(tokens, 0) ** (1 / axes))
+  if side**axes != tokens or not side:
+    besides = f" besides {extra} for the condition" if extra else ""
+    raise ConfigError(
+      f"tensor {name!r} has {tokens} rows{besides}, of no grid of {axes} equal sides"
+    )
+  return (side,) * axes
 
 
 def leaf(params: Params, path: Sequence[str]) -> Any:

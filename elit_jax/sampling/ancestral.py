@@ -63,7 +63,7 @@ def respaced(process: Process, steps: int, spacing: str) -> np.ndarray:
   if not process.steps:
     return uniform(process, steps)
   indices = np.array(SPACINGS[spacing](process.steps, steps)[::-1])
-  return np.append(indices / process.steps, process.span[1])
+  return np.append(process.counted[indices], process.span[1])
 
 
 def ddim(eta: float = 0.0, spacing: str = "stride") -> Stepper:

@@ -10,9 +10,7 @@ def get_config() -> ConfigDict:
   config = base.get_config()
   config.model.preset = "SiT-tiny/2"
   config.model.classes = 200
-  config.elit = ConfigDict(
-    {"window": (2, 2), "head": 0, "tail": 0, "write_depth": 1, "sees": "all"}
-  )
+  config.elit = base.elit((2, 2), 0, 0)
   config.budgets = ("k1", "k4")
   config.data.update(
     {"source": "shards", "shape": (8, 8, 4), "vae": "tiny", "dtype": "float16"}

@@ -205,7 +205,7 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 def test_killed_again_and_again(reference, tmp_path):
   workdir = tmp_path / "killed"
-  plan = ["start", "train", "later", "later", "save"]
+  plan = ["start", "train", "save"]
   kill_again_and_again(workdir, reference, plan)
   with Run(workdir, reference.environment) as run:
     assert run.end() == 0, run.said

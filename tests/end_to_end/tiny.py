@@ -9,9 +9,7 @@ def get_config() -> ConfigDict:
   """Synthetic images: nothing is read, and scikit-learn is not imported."""
   config = base.get_config()
   config.model.preset = "SiT-tiny/4"
-  config.elit = ConfigDict(
-    {"window": (2, 2), "head": 0, "tail": 0, "write_depth": 1, "sees": "all"}
-  )
+  config.elit = base.elit((2, 2), 0, 0)
   config.budgets = ("k1", "k4")
   config.train.steps = 100
   config.train.batch_size = 12  # of 1024 images: more than an epoch

@@ -55,8 +55,9 @@ def test_no_time_leaves_its_interval(name, time, span):
   if path.steps:  # the lower end is the interval's below
     index = np.round(t * path.steps)
     np.testing.assert_allclose(t * path.steps, index, atol=1e-3)
-    assert index.min() >= (0 if low == 0 else round(span[0] * path.steps) + 1)
-    assert index.max() <= min(round(span[1] * path.steps), path.steps - 1)
+    assert index.min() >= (path.first if low == 0 else round(span[0] * path.steps) + 1)
+    last = path.first + path.steps - 1
+    assert index.max() <= min(round(span[1] * path.steps), last)
 
 
 def test_counted_times_belong_to_one_interval_each():

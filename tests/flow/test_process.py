@@ -9,6 +9,7 @@ import pytest
 
 from elit_jax.errors import ConfigError
 from elit_jax.flow import times
+from elit_jax.flow.ddpm import posterior_table
 from elit_jax.flow.process import (
   PREDICTIONS,
   PROCESSES,
@@ -17,8 +18,10 @@ from elit_jax.flow.process import (
   posterior,
   process,
 )
+from elit_jax.sampling.ancestral import respaced
 
 PATHS = list(PROCESSES)
+COUNTED = [name for name, path in PROCESSES.items() if path.steps]
 CONTINUOUS = [name for name, path in PROCESSES.items() if not path.steps]
 # Not on DDPM's grid, where the slope jumps.
 INSIDE = np.linspace(0.0503, 0.9507, 9)
@@ -48,7 +51,7 @@ def test_the_device_computes_what_the_host_does(name: str):
 
 
 # How much of the data is left in what counts as noise.
-LEFT = {"linear": 0.0, "cosine": 0.0, "vp": 0.00658, "ddpm": 0.006353}
+LEFT = {"linear": 0.0, "cosine": 0.0, "vp": 0.00658, "ddpm": 0.006353, "sd": 0.068265}
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -57,7 +60,7 @@ def test_ends_are_data_and_noise(name: str):
   noisy, clean = (np.array(t) for t in path.span)
   assert path.alpha(np, clean) == 1 and path.sigma(np, clean) == 0
   assert path.alpha(np, noisy) == pytest.approx(LEFT[name], abs=1e-5)
-  assert path.sigma(np, noisy) == pytest.approx(1, abs=3e-5)
+  assert path.sigma(np, noisy) == pytest.approx(1 - LEFT[name] ** 2 / 2, abs=3e-6)
 
 
 def test_velocity_of_straight_lines():
@@ -75,12 +78,14 @@ def test_logit_normal_time_has_a_normal_log_ratio(name: str):
   np.testing.assert_allclose(ratio, n, atol=1e-9)
 
 
-def test_counted_times_are_those_of_the_indices():
-  path, n = process("ddpm"), np.linspace(-6, 6, 25)
+@pytest.mark.parametrize("name", COUNTED)
+def test_counted_times_are_those_of_the_indices(name: str):
+  path, n = process(name), np.linspace(-6, 6, 25)
   index = path.logit_normal(np, n) * 1000
   np.testing.assert_allclose(index, np.round(index), atol=1e-9)
   # The nearest: half a step away the ratio is on the other side.
-  inner = (index > 0) & (index < 999)
+  first, last = path.counted[[0, -1]] * 1000
+  inner = (index > first + 0.5) & (index < last - 0.5)
   for side in (-0.5001, 0.5001):
     t = (index[inner] + side) / 1000
     ratio = np.log(path.sigma(np, t) / path.alpha(np, t))
@@ -89,8 +94,11 @@ def test_counted_times_are_those_of_the_indices():
 
 def test_uniform_times():
   u = (np.arange(4000) + 0.5) / 4000
-  counts = np.bincount(np.round(process("ddpm").uniform(np, u) * 1000).astype(int))
-  assert counts.tolist() == [4] * 1000  # 0 to 999, all alike
+  for name in COUNTED:  # 0 to 999, or 1 to 1000, all alike
+    path = process(name)
+    found, counts = np.unique(path.uniform(np, u), return_counts=True)
+    assert counts.tolist() == [4] * 1000
+    np.testing.assert_array_equal(found, path.counted)
   for name in ("linear", "cosine"):
     np.testing.assert_array_equal(process(name).uniform(np, u), u)
   assert process("vp").uniform(np, np.array([0.0, 1.0])).tolist() == [1e-5, 1]
@@ -113,6 +121,30 @@ def test_the_schedule_of_ddpm():
   assert abar[999] == pytest.approx(4.035830e-05, rel=1e-6)
   sigma = path.sigma(np, np.arange(1000) / 1000)
   np.testing.assert_allclose(sigma**2, 1 - np.array(products), rtol=1e-11)
+
+
+def test_the_schedule_of_stable_diffusion():
+  """U-ViT, sec. 5: 1 to 1000, betas the squares of equal steps; clean data at 0."""
+  path = process("sd")
+  t = np.arange(1001) / 1000
+  abar = path.alpha(np, t) ** 2
+  products, first, last = [1.0], 0.00085**0.5, 0.012**0.5
+  for i in range(1000):
+    products.append(products[-1] * (1 - (first + (last - first) * i / 999) ** 2))
+  np.testing.assert_allclose(abar, products, rtol=1e-12)
+  assert abar[0] == 1 and abar[1] == pytest.approx(0.99915, abs=1e-12)
+  assert abar[1000] == pytest.approx(0.0046601, abs=1e-7)
+  assert (np.diff(abar) < 0).all() and (np.diff(path.sigma(np, t)) > 0).all()
+  assert path.span == (1.0, 0.0)
+  assert path.counted[0] == 0.001 and path.counted[-1] == 1.0
+  q, ratio = posterior_table(path)
+  assert len(ratio) == 1000
+  betas = np.linspace(first, last, 1000) ** 2
+  np.testing.assert_allclose(q.large, betas, rtol=1e-9)
+  # DDIM visits the same indices as on DDPM's path, one further on.
+  for spacing, count in (("stride", 50), ("even", 7)):
+    there, here = (respaced(process(n), count, spacing) for n in ("ddpm", "sd"))
+    np.testing.assert_allclose(here, there + 0.001, atol=1e-15)
 
 
 # --- conversions ----------------------------------------------------------------------

@@ -58,7 +58,7 @@ def applied(module: nn.Module, params: dict, *arguments: Any, **known: Any) -> A
       lambda leaf: jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf,
       (params, arguments, known),
     )
-    out = module.apply({"params": params}, *arguments, **known)
+    out = jax.jit(lambda p: module.apply({"params": p}, *arguments, **known))(params)
     out = jax.tree.map(np.asarray, out)
   assert all(leaf.dtype == np.float64 for leaf in jax.tree.leaves(out))
   return out

@@ -80,10 +80,11 @@ def never(times):
 
 @pytest.mark.parametrize(
   "guidance",
-  [None, Guidance(2.0), Guidance(2.0, "same", WEAK, low=0.3)],
-  ids=["plain", "cfg", "autog"],
+  [Guidance(2.0), Guidance(2.0, "same", WEAK, low=0.3)],
+  ids=["cfg", "autog"],
 )
 def test_reuse_of_nothing_is_no_reuse(guidance):
+  """Unguided in the first phase."""
   plain = drawn((Phase(3, WEAK), Phase(3, FULL, guidance)))
   off = drawn((phase(3, 0.0, budget=WEAK), phase(3, 0.0, guidance)))
   np.testing.assert_array_equal(off, plain)
