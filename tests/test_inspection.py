@@ -179,16 +179,16 @@ def test_dropping_from_the_tail_is_a_budget(looked):
     )
     wanted = error.mean((1, 2, 3))
     found = arrays["importance_loss"][:, 1, j - 1, 0]
-    np.testing.assert_allclose(found, wanted, rtol=1e-3)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
     other = arrays["importance_loss"][:, 1, j - 1, 1]
-    assert np.abs(other - wanted).max() > 1e-2 * wanted.mean()  # not the other end
+    assert np.abs(other - wanted).max() > 1e-3 * wanted.mean()  # not the other end
 
 
 def test_dropping_from_the_front_leaves_the_last(looked):
   _, stored, arrays = looked
   error = error_by_hand(make_config(), stored["levels"][1], COUNT, last_alone)
   found = arrays["importance_loss"][:, 1, 0, 1]
-  np.testing.assert_allclose(found, error.mean((1, 2, 3)), rtol=1e-3)
+  np.testing.assert_allclose(found, error.mean((1, 2, 3)), rtol=1e-4)
 
 
 def test_where_write_sees_kept_latents_alone_the_tail_is_a_budget_too():
@@ -197,10 +197,9 @@ def test_where_write_sees_kept_latents_alone_the_tail_is_a_budget_too():
   look = inspection.Look(config, model, mesh)
   programs = {name: job() for name, job in look.jobs.items()}
   arrays = inspection.find(look, programs, make_params(config), digits("held_out"))
-  for j in (1, 3):
-    error = error_by_hand(config, 0.5, 8, with_budget(Budget(j)))
-    found = arrays["importance_loss"][:, 0, j - 1, 0]
-    np.testing.assert_allclose(found, error.mean((1, 2, 3)), rtol=1e-3)
+  error = error_by_hand(config, 0.5, 8, with_budget(Budget(2)))
+  found = arrays["importance_loss"][:, 0, 1, 0]
+  np.testing.assert_allclose(found, error.mean((1, 2, 3)), rtol=1e-4)
 
 
 def test_means_and_errors_of_importance_are_over_images():

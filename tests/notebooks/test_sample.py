@@ -16,9 +16,12 @@ def test_it_runs_from_end_to_end(digits_run, monkeypatch):
   notebook.cells.append(nbformat.v4.new_code_cell("show('k1', 2.0, seed=1)"))
   folder = {"metadata": {"path": str(NOTEBOOK.parent)}}
   NotebookClient(notebook, timeout=240, resources=folder).execute()
-  said = [output.data for cell in notebook.cells for output in cell.get("outputs", [])]
+  outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+  said = [out.get("data", {}) for out in outputs]  # what is printed has none
   assert any("SiT-digits/2 after 1 steps" in d.get("text/plain", "") for d in said)
-  assert sum("image/png" in d for d in said) == 2  # all budgets, and the extra cell
+  # All budgets, what is inside, and the extra cell.
+  assert sum("image/png" in d for d in said) == 4
+  assert any("within groups" in out.get("text", "") for out in outputs)
   assert any("application/vnd.jupyter.widget-view+json" in d for d in said)
 
 
