@@ -213,7 +213,8 @@ def test_looking_inside_shows_the_empty_places():
   look = inspection.Look(config, model, mesh)
   x = spread.place((2, 2), example((2, 8, 8, 1)))
   t_B, label_B = jnp.full(2, 0.5), jnp.zeros(2, jnp.int32)
-  found = look.maps(alive(model), inspection.Shown(x, t_B, label_B, x))
+  shown = inspection.Shown(x, t_B, label_B, x)
+  found = jax.jit(look.maps)(alive(model), shown)
   empty = np.asarray(spread.place((1, 1), jnp.ones((1, 4, 4, 1))))[0, ..., 0] == 0
   attention, loss = (np.asarray(found[name]) for name in ("attention", "loss"))
   assert attention.shape == loss.shape == (2, 8, 8)
