@@ -4,11 +4,13 @@ It goes on with what is in its workdir, and saves and leaves, as at a terminatio
 signal, when the process that started it is gone: when its stdin ends.
 """
 
+import contextlib
 import os
 import pathlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 
 import jax
@@ -20,6 +22,8 @@ from elit_jax import config as config_lib
 from elit_jax import environment, evaluate, files, preemption, train
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError, TrainingStopped
+
+PATIENCE = 300  # seconds
 
 
 def configured(words: Sequence[str]) -> Config:
@@ -40,10 +44,25 @@ def configured(words: Sequence[str]) -> Config:
 def work(workdir: pathlib.Path, config: Config) -> None:
   """Trains and evaluates what is missing; leaves early if a signal came."""
   files.make_folder(workdir)
-  train.run(config, workdir)
-  if not preemption.requested():
-    with files.only_writer(workdir, "eval."):
+  with contextlib.ExitStack() as stack:
+    hold(workdir, stack)
+    train.run(config, workdir)
+    if not preemption.requested():
+      stack.enter_context(files.only_writer(workdir, "eval."))
       evaluate.run(config, workdir)
+
+
+def hold(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
+  """Waits for the process of a study that was killed, which may still be saving."""
+  limit = time.monotonic() + PATIENCE
+  while True:
+    try:
+      stack.enter_context(files.only_writer(workdir, "study."))
+      return
+    except ConfigError:
+      if time.monotonic() > limit or preemption.requested():
+        raise
+      time.sleep(0.2)
 
 
 def leave_with_parent() -> None:

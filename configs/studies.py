@@ -75,7 +75,7 @@ STUDIES: Mapping[str, Study] = {
       "hdit-elit": Variant("HDiT", INTERFACE),
     },
     equal="flops",
-    steps=800,
+    steps=700,
     points=3,
   ),
   "ablations": Study(
@@ -90,7 +90,7 @@ STUDIES: Mapping[str, Study] = {
       "mlp-4": Variant(elit={"mlp_ratio": 4.0}),
     },
     equal="steps",
-    steps=500,
+    steps=400,
   ),
   "joint": Study(
     "Does one model of all budgets reach models of one budget each (ELIT, table 8)?",
@@ -101,7 +101,7 @@ STUDIES: Mapping[str, Study] = {
       "alone-25": Variant(elit=INTERFACE, budgets=JOINT[2:]),
     },
     equal="steps",
-    steps=800,
+    steps=600,
   ),
   "synthetic": Study(
     "Four times the tokens, three of four empty: who gains by them?",
@@ -114,7 +114,7 @@ STUDIES: Mapping[str, Study] = {
       "elit-patch1": Variant(elit=INTERFACE, patch=1),
     },
     equal="steps",
-    steps=300,
+    steps=250,
   ),
 }
 

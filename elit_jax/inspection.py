@@ -33,7 +33,7 @@ from elit_jax import config as config_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
 from elit_jax.data.sources import Source
-from elit_jax.data.stored import unpack
+from elit_jax.data.spread import Spread
 from elit_jax.errors import ConfigError
 from elit_jax.eval import drawing
 from elit_jax.flow.matching import sample_means
@@ -151,6 +151,11 @@ class Look:
     assert isinstance(read, spec.Read)
     return read
 
+  @property
+  def spread(self) -> Spread:
+    """How samples lie in what the network sees, whose places are all shown."""
+    return config_lib.spread(self.config, self.model)
+
   @functools.cached_property
   def grid(self) -> spec.Grid:
     """Of the tokens that Read sees."""
@@ -180,7 +185,7 @@ class Look:
 
   def compile(self, figures: Callable[[Any, Shown], Any]) -> Callable:
     """The program of figures (B, ...) of what is shown, at all levels."""
-    config = self.config
+    config, spread = self.config, self.spread
     undropped = dataclasses.replace(config.flow, label_dropout=0.0)
     flow = config_lib.objective(
       dataclasses.replace(config, flow=undropped), self.model, lambda label: label
@@ -188,17 +193,20 @@ class Look:
 
     def program(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
       key = jax.random.key(config.eval.seed)
-      drawn = unpack(config.data.vae, key, batch)
+      drawn = train.examples(config, self.model, key, batch)
       _, noise, label_B = flow.draw(key, drawn)
 
       def one(t: jax.Array) -> Any:
         t_B = jnp.broadcast_to(t, label_B.shape)
         x_t, velocity = corrupt(flow.path, drawn["image"], noise, t_B)
         target = {"velocity": velocity, "noise": noise}[self.model.prediction]
-        return figures(params, Shown(x_t, t_B, label_B, target))
+        seen, wanted = (spread.enter(x) for x in (x_t, target))
+        return figures(params, Shown(seen, t_B, label_B, wanted))
 
       found = jax.lax.map(one, jnp.asarray(self.levels_L, jnp.float32))
-      return drawn["image"], jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+      return spread.enter(drawn["image"]), jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1), found
+      )
 
     params = sharding.place(self.mesh, denoiser.abstract_params(self.model))
     everywhere = sharding.replicated(self.mesh)
@@ -234,7 +242,8 @@ class Look:
 
     def judged(chosen: range) -> tuple[jax.Array, jax.Array]:
       out = self.predicted(params, pick(self.read, behind, chosen))
-      errors = out - shown.target, out - full
+      # Where only a part of what is seen is noised, the rest has no loss.
+      errors = [self.spread.leave(out - other) for other in (shown.target, full)]
       return sample_means(jnp.square(errors[0])), sample_means(jnp.square(errors[1]))
 
     found = [
@@ -248,11 +257,14 @@ class Look:
     return {"importance_loss": loss, "importance_moved": moved}
 
   def predicted(self, params: Any, behind: Stream) -> jax.Array:
-    """What the network says of what left Read, without a learned variance."""
+    """What the network says of what left Read, without a learned variance; 0 where
+    nothing is noised.
+    """
     stream = denoiser.core(self.model, params, behind, FULL)
     stream = denoiser.tail(self.model, params, self.for_write(stream), FULL)
     out = denoiser.unembed(self.model, params, stream).prediction
-    return out[..., : self.model.channels].astype(jnp.float32)
+    out = out[..., : self.model.channels].astype(jnp.float32)
+    return self.spread.enter(self.spread.leave(out))
 
   def for_write(self, stream: Stream) -> Stream:
     """Without latents that were dropped, where Write is to see none of them."""

@@ -337,12 +337,13 @@ def test_rho_weighs_loss_of_quality_against_flops():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_study_killed_goes_on(tmp_path):
   """Killed while its second run trains: the first stays as it is, the second is not
   begun anew, and nothing of the first attempt goes on by itself.
   """
   words = [
-    *("--study=claim", "--variants=dit,elit", "--seeds=1", "--steps=400"),
+    *("--study=claim", "--variants=dit,elit", "--seeds=1", "--steps=200"),
     *(f"--workdir={tmp_path}", "--points=1", "--config.train.batch_size=8"),
     *("--config.checkpoint.every=20", "--config.eval.count=20"),
     *("--config.sample.batch_size=20", "--config.sample.steps=2"),
@@ -353,10 +354,11 @@ def test_a_study_killed_goes_on(tmp_path):
     w for w in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in w
   )
   environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+  environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
   command = [sys.executable, "-m", "benchmarks.study", *words]
   first, second = tmp_path / "dit" / "0", tmp_path / "elit" / "0"
   one = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-  limit = time.monotonic() + 400
+  limit = time.monotonic() + 600
   while not (second / "checkpoints" / "20").exists():
     assert one.poll() is None and time.monotonic() < limit
     time.sleep(0.05)
@@ -365,10 +367,8 @@ def test_a_study_killed_goes_on(tmp_path):
   done = (first / study.REPORT).stat().st_mtime_ns
   clock = json.loads((first / "timing.json").read_text())
   assert not (second / study.REPORT).exists()
-  while True:  # its run saves and leaves, or is refused
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
-    if again.returncode == 0 or time.monotonic() > limit:
-      break
+  # While its run may still be saving.
+  again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
   assert again.returncode == 0, again.stderr.decode()
   assert (first / study.REPORT).stat().st_mtime_ns == done
   assert json.loads((first / "timing.json").read_text()) == clock
@@ -376,4 +376,4 @@ def test_a_study_killed_goes_on(tmp_path):
   found = json.loads((tmp_path / "study.json").read_text())
   assert len(found["runs"]) == 2 and not found["missing"]
   steps = [step for step, _ in found["runs"][1]["training_loss"]]
-  assert steps == [*range(5, 401, 5)]
+  assert steps == [*range(5, 201, 5)]

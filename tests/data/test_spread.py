@@ -10,7 +10,7 @@ import pytest
 
 from configs import base
 from elit_jax import config as config_lib
-from elit_jax import sample, sharding, train
+from elit_jax import inspection, sample, sharding, train
 from elit_jax.budget import Budget
 from elit_jax.data import spread
 from elit_jax.errors import ConfigError
@@ -200,3 +200,23 @@ def test_reuse_is_not_calibrated_where_the_network_sees_more_than_is_noised(tmp_
 
   with pytest.raises(ConfigError, match="config.data.spread is 'real'"):
     calibrate.run(make("real"), pathlib.Path(tmp_path))
+
+
+def test_looking_inside_shows_the_empty_places():
+  """Read's attention to them is there to be seen; of a loss they have none."""
+  raw = base.get_config()
+  raw.data.spread, raw.data.shape = "real", (16, 16, 1)
+  raw.elit = base.elit((4, 4), head=1, tail=1)
+  config = config_lib.resolve(raw)
+  model = config_lib.build_model(config)
+  mesh = sharding.make_mesh((1, 1, 1), jax.devices()[:1])
+  look = inspection.Look(config, model, mesh)
+  x = spread.place((2, 2), example((2, 8, 8, 1)))
+  t_B, label_B = jnp.full(2, 0.5), jnp.zeros(2, jnp.int32)
+  shown = inspection.Shown(x, t_B, label_B, x)
+  found = jax.jit(look.maps)(alive(model), shown)
+  empty = np.asarray(spread.place((1, 1), jnp.ones((1, 4, 4, 1))))[0, ..., 0] == 0
+  attention, loss = (np.asarray(found[name]) for name in ("attention", "loss"))
+  assert attention.shape == loss.shape == (2, 8, 8)
+  assert (attention[:, empty] > 0).all()
+  assert not loss[:, empty].any() and (loss[:, ~empty] > 0).all()
