@@ -175,7 +175,7 @@ class Look:
     slots = math.prod(self.read.window)
     fewer = range(1, slots)
     parts = [fewer[i : i + AT_ONCE] for i in range(0, len(fewer), AT_ONCE)]
-    jobs = {
+    jobs: dict[Sequence[int], Callable[[], Callable]] = {
       part: functools.partial(
         self.compile, functools.partial(self.with_fewer_latents, part)
       )
@@ -403,7 +403,7 @@ METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def by_group(maps: np.ndarray, window: Sequence[int]) -> np.ndarray:
   """(I, L, *grid) as (I, L, G, N)."""
   images, levels, *grid = maps.shape
-  flat = maps.reshape(images * levels, -1, 1)
+  flat = jnp.asarray(maps.reshape(images * levels, -1, 1))
   grouped = np.asarray(group_tokens(flat, grid, window))
   return grouped.reshape(images, levels, -1, math.prod(window))
 
@@ -494,7 +494,7 @@ def write(workdir: pathlib.Path, stored: Mapping[str, Any], arrays: Arrays) -> N
   shutil.rmtree(partial, ignore_errors=True)
   files.make_folder(partial)
   with files.atomic(partial / "arrays.npz") as path:
-    np.savez(path, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)
   files.write_json(partial / "inspect.json", stored)
   for name, draw in inspect_png.PICTURES.items():
     drawing.save(draw(stored, arrays), partial / name)
