@@ -25,7 +25,6 @@ RULES: tuple[tuple[str, tuple[str | EllipsisType | None, ...]], ...] = (
   (r"attn\w*/(text_)?(qkv|kv)/bias$", (..., None, TENSOR, None)),
   (r"attn\w*/q/kernel$", (..., FSDP, TENSOR, None)),
   (r"attn\w*/(q/bias|q_norm|k_norm)$", (..., TENSOR, None)),
-  (r"attn\w*/(text_)?[qk]_norm/(scale|bias)$", (...,)),
   (r"attn\w*/(text_)?out/kernel$", (..., TENSOR, None, FSDP)),
   (r"mlp\w*/fc1/kernel$", (..., FSDP, TENSOR)),
   (r"mlp\w*/fc1/bias$", (..., TENSOR)),

@@ -173,7 +173,9 @@ def test_every_number_has_a_rule():
   elsewhere = {
     "elit.head": "elastic.elit",
     "elit.tail": "elastic.elit",
-    "elit.write_depth": "elastic.elit",
+    "elit.read_depth": "legal.validate",
+    "elit.write_depth": "legal.validate",
+    "elit.mlp_ratio": "legal.validate",
     "guidance.scale": "Guidance",
     "guidance.low": "Guidance",
     "guidance.high": "Guidance",

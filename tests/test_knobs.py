@@ -390,7 +390,7 @@ def choice(config: config_lib.Config) -> Any:
 
 def crossing(config: config_lib.Config) -> Any:
   """What becomes of the model where a long skip joins a token and a latent."""
-  elit = dataclasses.replace(config.elit, head=2)
+  elit = dataclasses.replace(config.elit, tail=0)
   try:
     return config_lib.build_model(dataclasses.replace(config, elit=elit)).trunk
   except ConfigError as error:

@@ -22,8 +22,8 @@ def teraflops(config) -> float:
   """Of a training step: three forward passes of a batch, the mean over budgets."""
   model = config_lib.build_model(config)
   budgets = config_lib.budgets(config, model)
-  flops = np.mean([flops.total(model, config.data.shape, b) for b in budgets])
-  return 3e-12 * flops * config.train.batch_size
+  forward = np.mean([flops.total(model, config.data.shape, b) for b in budgets])
+  return 3e-12 * forward * config.train.batch_size
 
 
 def row(run: str) -> str:

@@ -228,8 +228,12 @@ def test_the_layers_of_a_span_are_never_split():
 
 
 def test_every_rule_is_used_and_the_first_match_wins():
-  model = config_lib.build_model(make_config(**CASES["elit"]))
-  used = {match.rule for match in describe.matches(model)}
+  models = [
+    config_lib.build_model(make_config(**CASES["elit"])),
+    *(presets.preset(f"{family}-B/2") for family in ("UViT", "HDiT", "MMDiT")),
+    presets.flux(),
+  ]
+  used = {match.rule for model in models for match in describe.matches(model)}
   taps = r"(time|projector\w*)/fc\d/kernel$"
   assert used - {"small"} == {pattern for pattern, _ in sharding.RULES}
   assert sharding.match("tap/projector_0/fc1/kernel", (8, 8)).rule == taps
