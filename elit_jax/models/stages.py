@@ -233,8 +233,8 @@ def run_stage(
 def keep(model: Model, read: Read, stream: Stream, budget: Budget) -> Stream:
   """What enters the core at a budget, from what Read left at this or a larger one.
 
-  Latents do not see each other in Read, so that the first ones are those that it would
-  have computed alone.
+  Where Read computes the kept latents alone, they do not see each other, so that the
+  first ones are those that it would have computed alone.
   """
   assert stream.latents is not None
   latents = stream.latents[:, :, : computed(model, read, budget)]
