@@ -22,14 +22,27 @@ Segments = Sequence[int] | None
 Both = tuple[jax.Array, jax.Array | None]
 
 
-class Block(nn.Module):
-  """adaLN-Zero block (DiT, fig. 3); text, if any, passes by."""
+class _Fields(nn.Module):
+  """What all blocks are told, and the two layers that they are made of."""
 
   heads: int
   mlp_ratio: float = 4.0
   qk_norm: str = "none"
   dtype: Any = jnp.float32
   backend: str = "auto"
+
+  def attention(self, kind: type = attention.SelfAttention, **known: Any) -> nn.Module:
+    return kind(
+      self.heads, self.qk_norm, self.dtype, self.backend, name="attn", **known
+    )
+
+  def mlp(self, width: int, name: str = "mlp", **known: Any) -> Mlp:
+    hidden = int(width * self.mlp_ratio)
+    return Mlp(hidden, width, dtype=self.dtype, name=name, **known)
+
+
+class Block(_Fields):
+  """adaLN-Zero block (DiT, fig. 3); text, if any, passes by."""
 
   @nn.compact
   def __call__(
@@ -43,10 +56,7 @@ class Block(nn.Module):
     width = x_BND.shape[-1]
     modulation = Modulation(6, width, self.dtype, name="modulation")
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(c, segments)
-    attn = attention.SelfAttention(
-      self.heads, self.qk_norm, self.dtype, self.backend, name="attn"
-    )
-    mlp = Mlp(int(width * self.mlp_ratio), width, dtype=self.dtype, name="mlp")
+    attn, mlp = self.attention(), self.mlp(width)
     ids = _ids(x_BND, segments)
     y_BND = attn(modulate(layer_norm(x_BND), shift_a, scale_a), ids, angles_NP)
     x_BND = x_BND + gate_a * y_BND.astype(jnp.float32)
@@ -54,17 +64,11 @@ class Block(nn.Module):
     return x_BND + gate_m * y_BND.astype(jnp.float32), text_BMD
 
 
-class PreNormBlock(nn.Module):
+class PreNormBlock(_Fields):
   """U-ViT's block: affine LayerNorms, no modulation, qkv without bias, exact GELU.
 
   Text and x are one sequence; c is not looked at.
   """
-
-  heads: int
-  mlp_ratio: float = 4.0
-  qk_norm: str = "none"
-  dtype: Any = jnp.float32
-  backend: str = "auto"
 
   @nn.compact
   def __call__(
@@ -77,26 +81,15 @@ class PreNormBlock(nn.Module):
   ) -> Both:
     width = x_BND.shape[-1]
     h_BLD, ids, angles_LP = _join(x_BND, text_BMD, segments, angles_NP)
-    attn = attention.SelfAttention(
-      self.heads, self.qk_norm, self.dtype, self.backend, bias=False, name="attn"
-    )
-    mlp = Mlp(
-      int(width * self.mlp_ratio), width, dtype=self.dtype, tanh=False, name="mlp"
-    )
+    attn, mlp = self.attention(bias=False), self.mlp(width, tanh=False)
     y_BLD = attn(affine_norm(h_BLD, "norm1"), ids, angles_LP)
     h_BLD = h_BLD + y_BLD.astype(jnp.float32)
     y_BLD = mlp(affine_norm(h_BLD, "norm2"))
     return _part(h_BLD + y_BLD.astype(jnp.float32), text_BMD)
 
 
-class DualBlock(nn.Module):
+class DualBlock(_Fields):
   """MM-DiT's block: weights for either stream, joint attention (SD3, fig. 2)."""
-
-  heads: int
-  mlp_ratio: float = 4.0
-  qk_norm: str = "none"
-  dtype: Any = jnp.float32
-  backend: str = "auto"
 
   @nn.compact
   def __call__(
@@ -112,9 +105,7 @@ class DualBlock(nn.Module):
     of_x = Modulation(6, width, self.dtype, name="modulation")
     of_text = Modulation(6, width, self.dtype, name="text_modulation")
     x_chunks, text_chunks = of_x(c, segments), of_text(c, _texts(text_BMD, segments))
-    attn = attention.JointAttention(
-      self.heads, self.qk_norm, self.dtype, self.backend, name="attn"
-    )
+    attn = self.attention(attention.JointAttention)
     ids = _ids(x_BND, segments, text_BMD)
     both = attn(
       modulate(layer_norm(x_BND), *x_chunks[:2]),
@@ -125,7 +116,7 @@ class DualBlock(nn.Module):
     streams = (("mlp", x_BND, x_chunks), ("text_mlp", text_BMD, text_chunks))
     out = []
     for (name, h, chunks), y in zip(streams, both, strict=True):
-      mlp = Mlp(int(width * self.mlp_ratio), width, dtype=self.dtype, name=name)
+      mlp = self.mlp(width, name)
       _, _, gate_a, shift_m, scale_m, gate_m = chunks
       h = h + gate_a * y.astype(jnp.float32)
       y = mlp(modulate(layer_norm(h), shift_m, scale_m))
@@ -133,17 +124,11 @@ class DualBlock(nn.Module):
     return out[0], out[1]
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(_Fields):
   """FLUX's block of one stream: text and x in one sequence, attention beside the MLP.
 
   One linear layer takes both their results.
   """
-
-  heads: int
-  mlp_ratio: float = 4.0
-  qk_norm: str = "none"
-  dtype: Any = jnp.float32
-  backend: str = "auto"
 
   @nn.compact
   def __call__(
@@ -159,13 +144,8 @@ class SingleBlock(nn.Module):
     modulation = Modulation(3, width, self.dtype, name="modulation")
     shift, scale, gate = modulation(c, _lengths(text_BMD, segments))
     y_BLD = modulate(layer_norm(h_BLD), shift, scale)
-    attn = attention.SelfAttention(
-      self.heads, self.qk_norm, self.dtype, self.backend, name="attn"
-    )
     # As one layer on both: a bias for both.
-    mlp = Mlp(
-      int(width * self.mlp_ratio), width, out_bias=False, dtype=self.dtype, name="mlp"
-    )
+    attn, mlp = self.attention(), self.mlp(width, out_bias=False)
     y_BLD = attn(y_BLD, ids, angles_LP) + mlp(y_BLD)
     return _part(h_BLD + gate * y_BLD.astype(jnp.float32), text_BMD)
 
