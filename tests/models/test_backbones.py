@@ -100,7 +100,9 @@ def test_one_trace_a_budget(model: spec.Model):
 def test_scanned_is_unrolled(model: spec.Model):
   compute = dataclasses.replace(model.compute, scan=False, remat="none")
   unrolled = dataclasses.replace(model, compute=compute)
-  for program in (forward, backward):
+  # The backward pass once: skips are what a scan could get wrong there.
+  both = (forward, backward) if model is ELIT["uvit"] else (forward,)
+  for program in both:
     got, want = (
       jax.tree.leaves(program(m, Budget(3))(params_of(model), *inputs(model)))
       for m in (unrolled, model)
@@ -192,23 +194,20 @@ def fresh(model: spec.Model):
   return jax.jit(functools.partial(denoiser.init, model))(jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_at_initialisation(name: str):
-  """adaLN-Zero: the output is zero; with another last layer, blocks are silent."""
-  plain, elit = PLAIN[name], ELIT[name]
-  if plain.condition == "tokens":  # U-ViT knows no zeros: it starts as any transformer
-    assert run(plain, params=fresh(plain)).std() > 0.1
-    return
-  for model in (plain, elit):
-    assert not run(model, params=fresh(model)).any()
-  last = params_of(plain)["unembed"]
-  merged = any(isinstance(s, spec.Down) or getattr(s, "pop", 0) for s in plain.trunk)
-  if merged:  # linear layers stand between the blocks
-    return
+@pytest.mark.parametrize("name", [name for name in ELIT if name != "original uvit"])
+def test_the_output_is_zero_at_initialisation(name: str):
+  """adaLN-Zero. U-ViT of its authors knows no zeros: it starts as any transformer."""
+  assert not run(ELIT[name], params=fresh(ELIT[name])).any()
+
+
+@pytest.mark.parametrize("name", ["modern", "prompted"])
+def test_blocks_are_silent_at_initialisation(name: str):
+  plain, last = PLAIN[name], params_of(PLAIN[name])["unembed"]
   silent = dataclasses.replace(plain, trunk=())
   without = {k: v for k, v in fresh(plain).items() if not k.startswith("blocks")}
   want = run(silent, params=without | {"unembed": last})
   got = run(plain, params=fresh(plain) | {"unembed": last})
+  assert np.abs(want).max() > 1e-3
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
