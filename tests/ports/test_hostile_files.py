@@ -10,7 +10,7 @@ import pytest
 from elit_jax import exchange, surgery
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser, elastic, presets
-from elit_jax.ports import sit
+from elit_jax.ports import networks, sit
 
 PLAIN = presets.dit(presets.Size(1, 16, 2), qk_norm="head_ln", classes=3)
 MODELS = {
@@ -20,6 +20,7 @@ MODELS = {
 }
 GRID = (4, 4)
 Tensors = dict[str, np.ndarray]
+PORT = networks.of(PLAIN)
 
 
 @functools.cache
@@ -59,7 +60,7 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def attempt(name: str, tensors: Tensors) -> None:
   """What `--graft` does with a file; ConfigError where it refuses."""
-  rest, projectors = exchange._split(tensors)
+  rest, projectors = exchange._split(PORT, tensors)
   model = sit.model_of(rest, PLAIN)
   sit.check_projectors(model, projectors)
   params = sit.from_tensors(model, sit.grid_of(rest, GRID), rest)
@@ -95,9 +96,9 @@ def test_a_graft_takes_a_network_or_says_what_is_wrong(name: str) -> None:
 def test_an_import_takes_the_whole_or_says_what_is_wrong(name: str) -> None:
   model = MODELS["plain" if name == "tapped" else name]
   for what, tensors in hostile(name):
-    exchange._hint(tensors, model)  # tells or is silent
+    exchange._hint(PORT, tensors, model)  # tells or is silent
     with pytest.raises(ConfigError):
-      rest, projectors = exchange._split(tensors)
+      rest, projectors = exchange._split(PORT, tensors)
       sit.check_projectors(model, projectors)
       sit.from_tensors(model, GRID, rest)
       pytest.fail(what)
