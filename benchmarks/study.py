@@ -78,6 +78,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
   args.variants = args.variants.split(",") if args.variants else [*study.variants]
   for name in args.variants:
     lookup(study.variants, name, f"variant of the study {args.study!r}")
+  if len({*args.variants}) < len(args.variants):
+    raise ConfigError(f"--variants={','.join(args.variants)} names a variant twice")
   for name in ("seeds", "points"):
     if getattr(args, name) is None:
       setattr(args, name, getattr(study, name))

@@ -207,8 +207,8 @@ def convert(
   if lost.any():
     raise ConfigError(
       f"a network that predicts {given} tells no {wanted} at t = {t[lost].max():g} of "
-      "this path: use the path 'ddpm' or 'vp', another solver, or a network that "
-      "predicts velocity"
+      "this path: use the path 'ddpm', 'sd' (of U-ViT's weights) or 'vp', another "
+      "solver, or a network that predicts velocity"
     )
   return found
 

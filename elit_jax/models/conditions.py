@@ -33,13 +33,17 @@ class Condition(NamedTuple):
 
   parts: Linen modules by their place in the parameters. time: embedding (B, D) in fp32
   of times on the network's clock. run: to the condition of its blocks (B, D) and tokens
-  beside those of the sample (B, M, D), or None. unembed: from tokens to patches.
+  beside those of the sample (B, M, D), or None. tokens: how many, M. flops: of parts
+  and run, for one sample. unembed: from tokens to patches; modulated: whether by c.
   """
 
   parts: Callable[[Model], dict[str, nn.Module]]
   time: Callable[[Model, Params, jax.Array], jax.Array]
   run: Callable[[Model, Params, jax.Array, Cond], tuple[jax.Array, jax.Array | None]]
+  tokens: Callable[[Model], int]
+  flops: Callable[[Model], int]
   unembed: type[nn.Module] = embed.Unembed
+  modulated: bool = True
 
 
 def _apply(model: Model, params: Params, name: str, *args: jax.Array) -> jax.Array:
@@ -120,18 +124,46 @@ def _prompts(
   return c_BD, _apply(model, params, "text", cond.tokens)
 
 
+def _time_flops(model: Model) -> int:
+  """Of time's two layers."""
+  return 2 * (256 * model.width + model.width**2)
+
+
+def _text_flops(model: Model) -> int:
+  """Of all that a prompt and a time become before the first block."""
+  text, d = model.text, model.width
+  assert text is not None
+  pooled = 2 * (text.pooled * d + d * d) if text.pooled else 0
+  prompt = 2 * text.tokens * text.width * d
+  return _time_flops(model) * (2 if text.guidance else 1) + pooled + prompt
+
+
 CONDITIONS: dict[str, Condition] = {
-  "modulation": Condition(_label_parts, _learned_time, _sum),
-  "tokens": Condition(_token_parts, _fixed_time, _tokens, embed.PlainUnembed),
-  "text": Condition(_text_parts, _learned_time, _prompts),
+  "modulation": Condition(
+    _label_parts, _learned_time, _sum, tokens=lambda model: 0, flops=_time_flops
+  ),
+  "tokens": Condition(
+    _token_parts,
+    _fixed_time,
+    _tokens,
+    tokens=lambda model: 2,
+    flops=lambda model: 0,
+    unembed=embed.PlainUnembed,
+    modulated=False,
+  ),
+  "text": Condition(
+    _text_parts,
+    _learned_time,
+    _prompts,
+    tokens=lambda model: model.text.tokens if model.text else 0,
+    flops=_text_flops,
+  ),
 }
 
 
 def extra_tokens(model: Model) -> int:
   """Tokens beside those of the sample."""
-  return {"modulation": 0, "tokens": 2, "text": model.text.tokens if model.text else 0}[
-    model.condition
-  ]
+  return CONDITIONS[model.condition].tokens(model)
 
 
 def example(model: Model, batch: int) -> Cond:

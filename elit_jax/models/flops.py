@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from elit_jax.budget import Budget
 from elit_jax.models import spec
+from elit_jax.models.conditions import CONDITIONS, extra_tokens
 from elit_jax.models.layout import Layout, layouts
 from elit_jax.models.spec import Blocks, Down, Model, Read, Stage, Tap, Up, Write
 
@@ -54,14 +55,15 @@ def costs(model: Model, shape: Sequence[int], budget: Budget) -> list[Cost]:
   places = layouts(model, spec.grid_of(model, shape), budget)
   n, d = places[0].length, model.width
   patch = 2 * n * d * math.prod(model.patch)
-  once = CONDITION[model.condition](model)
+  condition = CONDITIONS[model.condition]
+  once = condition.flops(model)
   rows = [Cost("embed", n, patch * model.channels + once, patch * model.channels)]
   named = zip(spec.names(model.trunk), places[1:], strict=True)
   for i, (name, after) in enumerate(named):
     linear, other = _stage(model, i, budget, [places[i]])
     rows.append(Cost(name, after.length, linear + other, linear))
   out = patch * model.out_channels
-  last = 0 if model.condition == "tokens" else 4 * d * d
+  last = 4 * d * d if condition.modulated else 0
   return [*rows, Cost("unembed", n, last + out, out)]
 
 
@@ -111,9 +113,7 @@ def _stage(model: Model, index: int, budget: Budget, places: Sequence[Layout]) -
   n = sum(place.length for place in places)
   match stage:
     case Blocks():
-      text = (model.text.tokens if model.text else 0) + 2 * (
-        model.condition == "tokens"
-      )
+      text = extra_tokens(model)
       return _blocks(stage, c, d, n, text * len(places), len(places))
     case Down() | Up():
       # On the coarse side: as many numbers in as the fine tokens have, or out.
@@ -244,24 +244,3 @@ def write_cost(stage: Write, d: int, n: int, j: int) -> Spent:
   return Spent(
     sum(part.linear for part in spent) + mlps, sum(part.other for part in spent)
   )
-
-
-def _time(model: Model) -> int:
-  """Of time's two layers."""
-  return 2 * (256 * model.width + model.width**2)
-
-
-def _text(model: Model) -> int:
-  """Of all that a prompt and a time become before the first block."""
-  text, d = model.text, model.width
-  assert text is not None
-  pooled = 2 * (text.pooled * d + d * d) if text.pooled else 0
-  prompt = 2 * text.tokens * text.width * d
-  return _time(model) * (2 if text.guidance else 1) + pooled + prompt
-
-
-CONDITION: dict[str, Callable[[Model], int]] = {
-  "modulation": _time,
-  "tokens": lambda model: 0,
-  "text": _text,
-}

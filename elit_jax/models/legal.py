@@ -5,15 +5,12 @@ from collections.abc import Sequence
 
 from elit_jax.errors import ConfigError, lookup
 from elit_jax.models import spec
+from elit_jax.models.conditions import CONDITIONS, extra_tokens
 from elit_jax.models.spec import Blocks, Down, Grid, Model, Read, Tap, Up, Write
 from elit_jax.nn.attention import NORMS
 from elit_jax.nn.blocks import BLOCKS
 from elit_jax.nn.latent_interface import READS, WRITES
 from elit_jax.nn.position import rope_shares
-
-# Blocks that see text, and those that cannot do without.
-WITH_TEXT = ("prenorm", "dual", "single")
-NEED_TEXT = ("dual",)
 
 
 def validate(model: Model, shape: Sequence[int]) -> Grid:
@@ -49,20 +46,23 @@ def _validate_entrance(model: Model, grid: Grid) -> None:
     raise ConfigError(
       f"learned positions are for a token grid of {model.grid}, not of {grid}"
     )
+  lookup(CONDITIONS, model.condition, "condition")
   if (model.condition == "text") != (model.text is not None):
     raise ConfigError(
       f"a network with the condition {model.condition!r} "
       f"{'needs a text' if model.text is None else 'has no use for its text'}"
     )
   kinds = {stage.kind for stage in model.trunk if isinstance(stage, Blocks)}
-  if model.condition != "modulation" and kinds and not kinds & set(WITH_TEXT):
+  seeing = sorted(kind for kind, block in BLOCKS.items() if block.sees_text)
+  tokens = extra_tokens(model)
+  if tokens and kinds and not kinds & set(seeing):
     raise ConfigError(
       f"the condition {model.condition!r} enters as tokens, which blocks of kind "
-      f"{', '.join(sorted(kinds))} do not see: use one of {', '.join(WITH_TEXT)}"
+      f"{', '.join(sorted(kinds))} do not see: use one of {', '.join(seeing)}"
     )
-  if model.condition == "modulation" and kinds & set(WITH_TEXT):
+  if not tokens and kinds & set(seeing):
     raise ConfigError(
-      f"blocks of kind {', '.join(sorted(kinds & set(WITH_TEXT)))} take tokens of text "
+      f"blocks of kind {', '.join(sorted(kinds & set(seeing)))} take tokens of text "
       "or of the condition, of which this network has none"
     )
 
@@ -106,7 +106,7 @@ class _Walk:
     self.model, self.cells, self.scale = model, grid, 1
     self.latents = False
     self.outside: tuple[Grid, int] = (grid, 1)  # where Read stood
-    self.downs: list[tuple[Down, bool]] = []
+    self.downs: list[tuple[Down, bool, int]] = []
     self.skips: list[tuple[int, tuple]] = []
 
   def through(self) -> None:
@@ -117,9 +117,9 @@ class _Walk:
         case Blocks():
           self.blocks(stage, first)
         case Down():
-          self.down(stage)
+          self.down(stage, first)
         case Up():
-          self.up(stage)
+          self.up(stage, first)
         case Read():
           self.read(stage)
         case Write():
@@ -156,7 +156,7 @@ class _Walk:
         f"{place[1]} and one of {self.cells}"
       )
 
-  def down(self, stage: Down) -> None:
+  def down(self, stage: Down, first: int) -> None:
     self.merging(stage)
     if any(c % f for c, f in zip(self.cells, stage.factor, strict=True)):
       what = "groups of latents" if self.latents else "tokens"
@@ -166,20 +166,18 @@ class _Walk:
       )
     self.cells = tuple(c // f for c, f in zip(self.cells, stage.factor, strict=True))
     self.scale *= stage.widen
-    self.downs.append((stage, self.latents))
+    self.downs.append((stage, self.latents, first))
 
-  def up(self, stage: Up) -> None:
+  def up(self, stage: Up, first: int) -> None:
     self.merging(stage)
     if not self.downs:
       raise ConfigError(f"{stage} follows on no Down")
-    down, latents = self.downs.pop()
+    down, latents, begin = self.downs.pop()
     if (down.factor, down.widen) != (stage.factor, stage.widen):
       raise ConfigError(f"{stage} does not undo {down}")
     if latents != self.latents:
-      raise ConfigError(
-        "Down and Up stand on different sides of the latent interface: both belong "
-        "between Read and Write, or both outside"
-      )
+      places = f"Down before block {begin} and Up before block {first}"
+      raise ConfigError(_apart(places))
     self.cells = tuple(c * f for c, f in zip(self.cells, stage.factor, strict=True))
     self.scale //= stage.widen
 
@@ -227,10 +225,8 @@ class _Walk:
       )
     self.layers("Write", stage)
     if self.downs and self.downs[-1][1]:
-      raise ConfigError(
-        "Down and Up stand on different sides of the latent interface: both belong "
-        "between Read and Write, or both outside"
-      )
+      begin = self.downs[-1][2]
+      raise ConfigError(_apart(f"Down before block {begin} and its Up"))
     (self.cells, self.scale), self.latents = self.outside, False
 
   def layers(self, name: str, stage: Read | Write) -> None:
@@ -241,3 +237,10 @@ class _Walk:
         "an MLP is wider than nothing, and finite: the ratio of "
         f"{name}'s is {stage.mlp_ratio}"
       )
+
+
+def _apart(places: str) -> str:
+  return (
+    f"{places} stand on different sides of the latent interface: choose head and tail "
+    "so that both are between Read and Write, or both outside"
+  )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from elit_jax.errors import ConfigError, nearest
+from elit_jax.errors import ConfigError, lookup, nearest
 from elit_jax.models.spec import (
   Blocks,
   Down,
@@ -251,7 +251,7 @@ def preset(
     patch * 2 if len(patch) == 1 else patch,
     space,
     {"qk_norm": qk_norm} if qk_norm else {},
-    POSITIONS[positions] if positions else {},
+    lookup(POSITIONS, positions, "config.model.positions") if positions else {},
     {"channels": channels, "classes": classes},
   )
 
@@ -263,8 +263,10 @@ def _of_family(
   for part in fields:
     whole |= part
   whole |= {"out_channels": whole["channels"] * family.outputs}
-  if family.backbone is original_uvit:
-    whole["grid"] = tuple(s // p for s, p in zip(space, patch, strict=False))
-  return family.backbone(
+  model = family.backbone(
     size, patch, prediction=family.prediction, time=family.time, **whole
   )
+  if model.positions != "learned":
+    return model
+  grid = tuple(s // p for s, p in zip(space, patch, strict=False))
+  return dataclasses.replace(model, grid=grid)

@@ -1,7 +1,7 @@
 """Networks as values: a model is a frozen record with a tuple of stages.
 
 What can be known of a record alone stands here: names, blocks, seams, widths. Beside it
-stand `layout` (tokens), `legal` (what may be built) and `costs` (FLOPs).
+stand `layout` (tokens), `legal` (what may be built) and `flops`.
 """
 
 import math
@@ -23,7 +23,7 @@ Positions = Literal["sincos", "learned", "none"]
 class Blocks:
   """`count` equal transformer blocks, scanned.
 
-  qk_norm: of queries and keys, see `nn.attention.NORMS`. kind: see `stages.BLOCKS`.
+  qk_norm: of queries and keys, see `nn.attention.NORMS`. kind: see `nn.blocks.BLOCKS`.
   rope: queries and keys are rotated by the positions of their tokens. Long skips, last
   in, first out: each block's output is pushed; each block's input is fused with one.
   """
@@ -255,10 +255,12 @@ def grid_of(model: Model, shape: Sequence[int]) -> Grid:
 
 
 def read_grid(model: Model, grid: Grid) -> Grid:
-  """Token grid that Read sees: merged where a Down precedes it."""
+  """Token grid that Read sees: merged where a Down precedes it without its Up."""
   for stage in model.trunk[: max(seams(model)[0] - 1, 0)]:
     if isinstance(stage, Down):
       grid = tuple(g // f for g, f in zip(grid, stage.factor, strict=True))
+    if isinstance(stage, Up):
+      grid = tuple(g * f for g, f in zip(grid, stage.factor, strict=True))
   return grid
 
 

@@ -28,7 +28,7 @@ from elit_jax.models.spec import (
   kept,
 )
 from elit_jax.nn import embed, latent_interface, merging
-from elit_jax.nn.blocks import BLOCKS
+from elit_jax.nn.blocks import BLOCKS, joined, part
 from elit_jax.nn.linear import linear
 from elit_jax.nn.partition import split_batch
 from elit_jax.nn.position import rope_angles
@@ -292,7 +292,7 @@ def _run_blocks(
       {"params": layer}, x_BND, text_BMD, stream.c, stream.segments, angles_NP
     )
     both = (split_batch(x_BND), None if text_BMD is None else split_batch(text_BMD))
-    return both, _joined(*both) if stage.push else None
+    return both, joined(*both) if stage.push else None
 
   body = REMAT[model.compute.remat](body)
   both, pushed = _scan(body, (stream.x, stream.text), (params, taken), stage, model)
@@ -333,10 +333,6 @@ def _taken(
   return jnp.concatenate(found), skips
 
 
-def _joined(x_BND: jax.Array, text_BMD: jax.Array | None) -> jax.Array:
-  return x_BND if text_BMD is None else jnp.concatenate([text_BMD, x_BND], axis=1)
-
-
 def _fused(
   fuse: Any,
   params: Params,
@@ -345,9 +341,6 @@ def _fused(
   skip_BLD: jax.Array,
 ) -> tuple[jax.Array, jax.Array | None]:
   """Linear(concat[stream, skip]) on text and x (U-ViT, sec. 3.1)."""
-  both = jnp.concatenate([_joined(x_BND, text_BMD), skip_BLD], axis=-1)
+  both = jnp.concatenate([joined(x_BND, text_BMD), skip_BLD], axis=-1)
   out = fuse.apply({"params": params}, both).astype(jnp.float32)
-  if text_BMD is None:
-    return out, None
-  tokens = text_BMD.shape[1]
-  return out[:, tokens:], out[:, :tokens]
+  return part(out, text_BMD)

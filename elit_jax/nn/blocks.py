@@ -7,7 +7,7 @@ sequences that make up N, each attends to itself alone under its own condition, 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,13 @@ Segments = Sequence[int] | None
 Both = tuple[jax.Array, jax.Array | None]
 
 
-class _Fields(nn.Module):
-  """What all blocks are told, and the two layers that they are made of."""
+class Fields(nn.Module):
+  """What all blocks are told, and the two layers that they are made of.
+
+  sees_text: whether text enters its attention, or passes by.
+  """
+
+  sees_text: ClassVar[bool] = True
 
   heads: int
   mlp_ratio: float = 4.0
@@ -41,8 +46,10 @@ class _Fields(nn.Module):
     return Mlp(hidden, width, dtype=self.dtype, name=name, **known)
 
 
-class Block(_Fields):
+class Block(Fields):
   """adaLN-Zero block (DiT, fig. 3); text, if any, passes by."""
+
+  sees_text: ClassVar[bool] = False
 
   @nn.compact
   def __call__(
@@ -64,7 +71,7 @@ class Block(_Fields):
     return x_BND + gate_m * y_BND.astype(jnp.float32), text_BMD
 
 
-class PreNormBlock(_Fields):
+class PreNormBlock(Fields):
   """U-ViT's block: affine LayerNorms, no modulation, qkv without bias, exact GELU.
 
   Text and x are one sequence; c is not looked at.
@@ -85,10 +92,10 @@ class PreNormBlock(_Fields):
     y_BLD = attn(affine_norm(h_BLD, "norm1"), ids, angles_LP)
     h_BLD = h_BLD + y_BLD.astype(jnp.float32)
     y_BLD = mlp(affine_norm(h_BLD, "norm2"))
-    return _part(h_BLD + y_BLD.astype(jnp.float32), text_BMD)
+    return part(h_BLD + y_BLD.astype(jnp.float32), text_BMD)
 
 
-class DualBlock(_Fields):
+class DualBlock(Fields):
   """MM-DiT's block: weights for either stream, joint attention (SD3, fig. 2)."""
 
   @nn.compact
@@ -124,7 +131,7 @@ class DualBlock(_Fields):
     return out[0], out[1]
 
 
-class SingleBlock(_Fields):
+class SingleBlock(Fields):
   """FLUX's block of one stream: text and x in one sequence, attention beside the MLP.
 
   One linear layer takes both their results.
@@ -147,11 +154,11 @@ class SingleBlock(_Fields):
     # As one layer on both: a bias for both.
     attn, mlp = self.attention(), self.mlp(width, out_bias=False)
     y_BLD = attn(y_BLD, ids, angles_LP) + mlp(y_BLD)
-    return _part(h_BLD + gate * y_BLD.astype(jnp.float32), text_BMD)
+    return part(h_BLD + gate * y_BLD.astype(jnp.float32), text_BMD)
 
 
 # By the name that a stage has for them.
-BLOCKS: dict[str, type[nn.Module]] = {
+BLOCKS: dict[str, type[Fields]] = {
   "adaln": Block,
   "prenorm": PreNormBlock,
   "dual": DualBlock,
@@ -193,15 +200,18 @@ def _join(
 ) -> tuple[jax.Array, attention.Segments | None, np.ndarray | None]:
   """Text and x as one sequence, its segments, and its angles: text is not rotated."""
   ids = _ids(x_BND, segments, text_BMD)
-  if text_BMD is None:
-    return x_BND, ids, angles_NP
-  if angles_NP is not None:
+  if text_BMD is not None and angles_NP is not None:
     angles_NP = np.pad(angles_NP, ((text_BMD.shape[1], 0), (0, 0)))
-  return jnp.concatenate([text_BMD, x_BND], axis=1), ids, angles_NP
+  return joined(x_BND, text_BMD), ids, angles_NP
 
 
-def _part(h_BLD: jax.Array, text_BMD: jax.Array | None) -> Both:
-  """x and text of a joint sequence."""
+def joined(x_BND: jax.Array, text_BMD: jax.Array | None) -> jax.Array:
+  """Text and x as one sequence (B, M + N, D)."""
+  return x_BND if text_BMD is None else jnp.concatenate([text_BMD, x_BND], axis=1)
+
+
+def part(h_BLD: jax.Array, text_BMD: jax.Array | None) -> Both:
+  """x and text of a joint sequence: inverse of `joined`."""
   if text_BMD is None:
     return h_BLD, None
   tokens = text_BMD.shape[1]
