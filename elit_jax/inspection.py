@@ -403,7 +403,7 @@ METHODS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def by_group(maps: np.ndarray, window: Sequence[int]) -> np.ndarray:
   """(I, L, *grid) as (I, L, G, N)."""
   images, levels, *grid = maps.shape
-  flat = jnp.asarray(maps.reshape(images * levels, -1, 1))
+  flat: Any = maps.reshape(images * levels, -1, 1)  # float64: not for a device
   grouped = np.asarray(group_tokens(flat, grid, window))
   return grouped.reshape(images, levels, -1, math.prod(window))
 
