@@ -210,6 +210,18 @@ CASES = {
     describe(DIGITS, "elit.sees=kept", "elit.read=qformer"),
     ("'kept'", "'qformer'", "use 'all'"),
   ),
+  "positions": Case(
+    describe(BASE, "model.positions=rop"), ("'rop'", "did you mean 'rope'")
+  ),
+  "a QK-norm": Case(describe(BASE, "model.qk_norm=head"), ("'head'", "head_rms")),
+  "Down apart from Up": Case(
+    describe(DIGITS, "model.preset=HDiT-digits/2", "elit.window=(2,2)", "elit.head=2"),
+    ("Down before block 1", "Up before block 4", "choose head and tail"),
+  ),
+  "a skip that may not cross": Case(
+    describe(DIGITS, "model.preset=UViT-digits/2", "elit.cross=error"),
+    ("(0, 4)", "join tokens and latents"),
+  ),
   "no write layer": Case(describe(DIGITS, "elit.write_depth=0"), ("at least one", "0")),
   "shape without channels": Case(
     describe(BASE, "data.shape=(8,)"), ("(8,)", "channels")
