@@ -134,32 +134,63 @@ def _table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plot(found: Mapping[str, Any], path: pathlib.Path) -> None:
-  """Training loss and quality, of the largest budget, against steps and training FLOPs:
-  a line a variant, with standard errors over seeds.
+  """Training loss and quality, of the largest budget, against steps and training FLOPs,
+  a line a variant; and of every variant and budget what came out. Errors: over seeds.
   """
   metric = next((m for m in ("fid", "is") if m in found["table"][0]), None)
-  shown = ["loss", *([metric] if metric else [])]
-  made, axes = drawing.panels(2 * len(shown), f"Study {found['study']}", (5.2, 3.8))
-  places = {
-    (name, cost): axes[2 * i + j]
-    for i, name in enumerate(shown)
-    for j, cost in enumerate(("steps", "FLOPs"))
-  }
-  for i, variant in enumerate(dict.fromkeys(run["variant"] for run in found["runs"])):
-    own = [run for run in found["runs"] if run["variant"] == variant]
-    style = {"color": COLOURS[i % 7], "label": variant, "capsize": 2, "lw": 1.2}
-    for (name, cost), place in places.items():
-      curves = [training_loss(r) if name == "loss" else quality(r, name) for r in own]
-      _line(place, curves, 1 if cost == "steps" else own[0]["flops_per_step"], style, i)
-  for (name, cost), place in places.items():
+  curved = [m for m in (metric,) if any(len(run["curve"]) > 1 for run in found["runs"])]
+  places = [("loss", "steps"), ("loss", "TFLOPs"), ("loss", "")]
+  places += [(name, cost) for name in curved for cost in ("steps", "TFLOPs")]
+  places += [(metric, "")] if metric else []
+  made, axes = drawing.panels(len(places), f"Study {found['study']}", (4.6, 3.6), 3)
+  for (name, cost), place in zip(places, axes, strict=True):
     drawing.clear(place)
-    label = "training loss" if name == "loss" else protocol.title(name)
-    place.set(xlabel=f"training {cost}", ylabel=label)
-    if name != "loss":
-      place.set_yscale("log")
+    if cost:
+      _curves(place, found["runs"], name, cost)
+    else:
+      _outcomes(place, found["table"], name)
   axes[0].legend(frameon=False, fontsize=8)
   drawing.note(made, "mean and standard error over seeds")
   drawing.save(made, path)
+
+
+def _curves(
+  axes: Axes, runs: Sequence[Mapping[str, Any]], name: str, cost: str
+) -> None:
+  """A line a variant."""
+  for number, variant in enumerate(dict.fromkeys(run["variant"] for run in runs)):
+    own = [run for run in runs if run["variant"] == variant]
+    unit = 1 if cost == "steps" else own[0]["flops_per_step"] / 1e12
+    curves = [training_loss(r) if name == "loss" else quality(r, name) for r in own]
+    style = {"color": COLOURS[number % 7], "label": variant, "capsize": 2, "lw": 1.2}
+    _line(axes, curves, unit, style, number)
+  label = "training loss" if name == "loss" else protocol.title(name)
+  axes.set(xlabel=f"training {cost}", ylabel=label)
+  if name != "loss":
+    axes.set_yscale("log")
+    drawing.plain_ticks(axes)
+
+
+def _outcomes(axes: Axes, table: Sequence[Mapping[str, Any]], name: str) -> None:
+  """A figure of every variant and budget at the end, one below the other."""
+  rows = [row for row in table if row.get(name)]
+  variants = [*dict.fromkeys(row["variant"] for row in rows)]
+  for i, row in enumerate(rows):
+    number = variants.index(row["variant"])
+    axes.errorbar(
+      *(row[name]["value"], i),
+      xerr=row[name]["standard_error"] or 0.0,
+      color=COLOURS[number % 7],
+      marker=MARKERS[number % 7],
+      capsize=3,
+    )
+  several = len(rows) > len(variants)
+  labels = [
+    f"{row['variant']} {row['budget']}" if several else row["variant"] for row in rows
+  ]
+  axes.set_yticks(range(len(rows)), labels, fontsize=8)
+  axes.invert_yaxis()
+  axes.set_xlabel("held-out loss" if name == "loss" else protocol.title(name))
 
 
 def training_loss(run: Mapping[str, Any]) -> list[tuple[float, float]]:

@@ -55,10 +55,13 @@ def save(made: Figure, path: str | os.PathLike) -> None:
 
 
 def panels(
-  count: int, title: str, size: tuple[float, float] = (4.4, 3.4)
+  count: int,
+  title: str,
+  size: tuple[float, float] = (4.4, 3.4),
+  columns: int | None = None,
 ) -> tuple[Figure, list[Axes]]:
   """So many axes of so many inches, a few in a row, under a title."""
-  columns = min(4 if count in (4, 7, 8) else 3, count)
+  columns = min(columns or (4 if count in (4, 7, 8) else 3), count)
   rows = -(-count // columns)
   inches = (max(6.0, size[0] * columns), size[1] * rows + 0.9)
   made = figure(inches, ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
@@ -88,6 +91,13 @@ def clear(axes: Axes) -> None:
 
 
 # --- axes -----------------------------------------------------------------------------
+
+
+def plain_ticks(axes: Axes) -> None:
+  """Few numbers at a logarithmic axis, as people write them: 50, not 5 x 10^1."""
+  axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+  axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def metric_axis(axes: Axes, metric: str, drawn: Iterable[Sequence[Point]]) -> None:
