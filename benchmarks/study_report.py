@@ -142,7 +142,9 @@ def plot(found: Mapping[str, Any], path: pathlib.Path) -> None:
   places = [("loss", "steps"), ("loss", "TFLOPs"), ("loss", "")]
   places += [(name, cost) for name in curved for cost in ("steps", "TFLOPs")]
   places += [(metric, "")] if metric else []
-  made, axes = drawing.panels(len(places), f"Study {found['study']}", (4.6, 3.6), 3)
+  columns = 3 if curved else 2
+  name = f"Study {found['study']}"
+  made, axes = drawing.panels(len(places), name, (4.6, 3.6), columns)
   for (name, cost), place in zip(places, axes, strict=True):
     drawing.clear(place)
     if cost:
