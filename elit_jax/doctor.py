@@ -364,9 +364,9 @@ def step_seconds(config: Config) -> float:
   """
   model, shape = config_lib.build_model(config), config.data.shape
   budgets = config_lib.budgets(config, model)
-  flops = 3 * min(flops.total(model, shape, budget) for budget in budgets)
+  step = 3 * min(flops.total(model, shape, budget) for budget in budgets)
   rate = _rate(config.model.dtype) * roofline.workers()
-  return max(flops * config.train.batch_size / rate, SHORTEST)
+  return max(step * config.train.batch_size / rate, SHORTEST)
 
 
 def wandb(config: Config, workdir: pathlib.Path | None) -> Finding:

@@ -463,6 +463,7 @@ def test_what_evaluation_lacks_is_said_before_anything_is_done(
   assert not (workdir / "plan").exists()
 
 
+@pytest.mark.slow
 def test_what_a_signal_cut_short_goes_on(run_main, workdir, monkeypatch):
   arguments_of_eval = (
     *arguments(workdir),

@@ -107,18 +107,19 @@ def close(a, b, tolerance=1e-5):
   return float(np.max(np.abs(a - b))) <= tolerance * scale
 
 
-# Each mesh with all that there is, and what is less on the one that splits all three
-# ways; the rest is slow.
+# The mesh of all runs without a word with the full network, and all networks on the one
+# that splits all three ways; the rest is slow.
 STEPPED = [
   pytest.param(
     case,
     budget,
     mesh,
-    marks=[] if budget == Budget(4) or all_split else pytest.mark.slow,
+    marks=[] if plain or all_split else pytest.mark.slow,
   )
   for case, budget in (("dit", Budget()), ("elit", Budget(4)), ("elit", Budget(1)))
   for mesh in MESHES
   for all_split in [min(mesh) > 1]
+  for plain in [budget == Budget(4) and mesh == (8, 1, 1)]
 ]
 
 

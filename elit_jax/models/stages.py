@@ -76,9 +76,10 @@ class Stream:
 
   @property
   def segments(self) -> tuple[int, ...] | None:
-    """Lengths of the sequences in x; None where there is one."""
-    lengths = tuple(layout.length for layout in self.layouts)
-    return lengths if len(lengths) > 1 else None
+    """Lengths of the packed sequences in x; None where nothing is packed."""
+    if self.c.ndim == 2:
+      return None
+    return tuple(layout.length for layout in self.layouts)
 
 
 def fold(key: jax.Array, name: str) -> jax.Array:

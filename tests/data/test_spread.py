@@ -202,6 +202,7 @@ def test_reuse_is_not_calibrated_where_the_network_sees_more_than_is_noised(tmp_
     calibrate.run(make("real"), pathlib.Path(tmp_path))
 
 
+@pytest.mark.slow
 def test_looking_inside_shows_the_empty_places():
   """Read's attention to them is there to be seen; of a loss they have none."""
   raw = base.get_config()

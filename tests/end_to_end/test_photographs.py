@@ -8,6 +8,8 @@ from PIL import Image
 
 from elit_jax import logs
 
+pytestmark = pytest.mark.slow  # parts of it: tests/data, test_vae.py, test_recipes.py
+
 
 @pytest.fixture(scope="module")
 def workdir(photographs_dir, run_main, tmp_path_factory):

@@ -250,6 +250,7 @@ def test_a_run_of_two_is_whole(whole):
   assert not list(whole.glob(".shared-*"))
 
 
+@pytest.mark.slow  # of one process: test_kill.py
 def test_killed_and_terminated_it_ends_as_if_nothing_had_happened(whole, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(whole / "compiled", workdir / "compiled")  # to save time

@@ -56,7 +56,16 @@ def test_every_budget_runs_and_counts(model: spec.Model):
     np.testing.assert_array_equal(run(model, Budget(4)), outs[-1])
 
 
-@elastic_ones
+def some(*fast: str) -> pytest.MarkDecorator:
+  """All elastic networks, those not named in the slow tests."""
+  params = [
+    pytest.param(model, id=name, marks=[] if name in fast else [pytest.mark.slow])
+    for name, model in ELIT.items()
+  ]
+  return pytest.mark.parametrize("model", params)
+
+
+@some("uvit", "hdit", "prompted")
 def test_every_parameter_is_trained(model: spec.Model):
   grads = backward(model, Budget(3))(params_of(model), *inputs(model))
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -324,14 +333,14 @@ def test_kept_latents_stand_where_all_of_them_do(model: spec.Model):
       assert len({*map(tuple, full.coordinates())}) == full.length
 
 
-REAL = {
-  "2-D, 256 px": ((32, 32, 4), "2", (4, 4)),
-  "2-D, 512 px": ((64, 64, 4), "2", (8, 8)),
-  "3-D": ((8, 32, 32, 16), "1x2x2", (2, 4, 4)),
-}
+REAL = [
+  pytest.param((32, 32, 4), "2", (4, 4), id="2-D, 256 px"),
+  pytest.param((64, 64, 4), "2", (8, 8), id="2-D, 512 px", marks=pytest.mark.slow),
+  pytest.param((8, 32, 32, 16), "1x2x2", (2, 4, 4), id="3-D"),
+]
 
 
-@pytest.mark.parametrize("shape,patch,window", REAL.values(), ids=REAL)
+@pytest.mark.parametrize("shape,patch,window", REAL)
 @pytest.mark.parametrize(
   "family", ["ModernDiT", "UViT", "HDiT", "MMDiT", "OriginalUViT"]
 )

@@ -236,6 +236,7 @@ def test_every_parameter_has_its_rule():
     assert found[f"{part}/linear/kernel"].spec == ("fsdp", None, "tensor")
 
 
+@pytest.mark.slow  # of "cross" it is in test_backbones.py
 def test_gradients_are_the_same_on_a_mesh():
   model = model_of("qformer", "self", depth=2, ratio=2.0)
   x, t, label = inputs(4)

@@ -147,7 +147,13 @@ def gradient(remat: str, packed: bool) -> list[jax.Array]:
   return jax.tree.leaves(jax.jit(jax.grad(loss))(params_of(model)))
 
 
-@pytest.mark.parametrize("remat", stages.REMAT)
+@pytest.mark.parametrize(
+  "remat",
+  [
+    pytest.param(name, marks=[] if name == "dots" else [pytest.mark.slow])
+    for name in stages.REMAT
+  ],
+)
 def test_gradients_through_a_packed_core(remat: str):
   for ours, theirs in zip(gradient(remat, True), gradient("none", False), strict=True):
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
@@ -206,13 +212,20 @@ def test_a_packed_core_costs_what_it_multiplies(asked):
 # --- times ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", presets.FAMILIES)
+CLOCKS = {
+  "SiT": lambda t_B: t_B,
+  "OriginalSiT": lambda t_B: 1 - t_B,
+  "DiT": lambda t_B: 1000 * t_B,
+}
+
+
+@pytest.mark.parametrize("family", CLOCKS)
 def test_the_embedding_of_our_times_is_what_the_stream_is_conditioned_on(family: str):
   model = dataclasses.replace(PLAIN, time=presets.FAMILIES[family].time)
   params, (x, t_B, label_B) = params_of(model), inputs()
   found = jax.jit(functools.partial(denoiser.time_embedding, model))(params, t_B)
   assert found.shape == (3, SIZE.width) and found.dtype == jnp.float32
-  clock = {"SiT": t_B, "OriginalSiT": 1 - t_B, "DiT": 1000 * t_B}[family]
+  clock = CLOCKS[family](t_B)
   close(found, nn_embed.TimeEmbed(SIZE.width).apply({"params": params["time"]}, clock))
   label_BD = params["label"]["table"][np.asarray(label_B)]
   stream = jax.jit(functools.partial(denoiser.embed, model))(params, x, t_B, label_B)

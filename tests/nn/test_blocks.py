@@ -104,6 +104,7 @@ def test_prenorm_block_has_no_bias_of_queries_and_no_modulation() -> None:
   assert set(params["attn"]["qkv"]) == {"kernel"}
 
 
+@pytest.mark.slow  # of whole networks: test_backbones.py
 @pytest.mark.parametrize("kind", blocks.BLOCKS)
 def test_packed_sequences_are_each_as_if_alone(kind: str) -> None:
   """Each under its own condition, with its own text and its own positions."""

