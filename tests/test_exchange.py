@@ -332,7 +332,9 @@ def test_a_graft_says_that_the_samples_are_others(latent, run_main, tmp_path, ca
   assert any(note in r.message and r.levelname == "WARNING" for r in caplog.records)
 
 
-@pytest.mark.parametrize("family", ["UViT", "HDiT"])
+@pytest.mark.parametrize(
+  "family", ["UViT", pytest.param("HDiT", marks=pytest.mark.slow)]
+)
 def test_a_backbone_without_names_of_others(family, imported, run_main, tmp_path):
   """It grafts into its elastic version and comes from what fits; no file is its own."""
   backbone, elastic_run = tmp_path / "backbone", tmp_path / "elastic"

@@ -191,6 +191,7 @@ def test_dropping_from_the_front_leaves_the_last(looked):
   np.testing.assert_allclose(found, error.mean((1, 2, 3)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_where_write_sees_kept_latents_alone_the_tail_is_a_budget_too():
   config = make_config(elit__sees="kept", inspect__levels=1, inspect__count=8)
   model, mesh = config_lib.build_model(config), sharding.make_mesh()

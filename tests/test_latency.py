@@ -328,6 +328,7 @@ def test_a_budget_that_was_not_measured_has_no_price():
 # --- a real clock ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_real_sampler_is_measured(monkeypatch):
   """That all programs are there; what they take is told on an idle machine."""
   config = make_config(sample__batch_size=8)

@@ -22,6 +22,18 @@ each = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 elastic_ones = pytest.mark.parametrize("model", ELIT.values(), ids=ELIT)
 
 
+def some(*fast: str) -> pytest.MarkDecorator:
+  """All elastic networks, those not named in the slow tests."""
+  params = [
+    pytest.param(model, id=name, marks=[] if name in fast else [pytest.mark.slow])
+    for name, model in ELIT.items()
+  ]
+  return pytest.mark.parametrize("model", params)
+
+
+most = some("uvit", "hdit", "prompted")
+
+
 @functools.cache
 def forward(model: spec.Model, budget: Budget):
   """(params, x, t, condition) to the prediction."""
@@ -56,16 +68,7 @@ def test_every_budget_runs_and_counts(model: spec.Model):
     np.testing.assert_array_equal(run(model, Budget(4)), outs[-1])
 
 
-def some(*fast: str) -> pytest.MarkDecorator:
-  """All elastic networks, those not named in the slow tests."""
-  params = [
-    pytest.param(model, id=name, marks=[] if name in fast else [pytest.mark.slow])
-    for name, model in ELIT.items()
-  ]
-  return pytest.mark.parametrize("model", params)
-
-
-@some("uvit", "hdit", "prompted")
+@most
 def test_every_parameter_is_trained(model: spec.Model):
   grads = backward(model, Budget(3))(params_of(model), *inputs(model))
   for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -99,13 +102,14 @@ def test_one_trace_a_budget(model: spec.Model):
     assert program._cache_size() == 1
 
 
-# One of each in the fast tests: the elastic network at a budget in between.
+# In the fast tests: elastic networks at a budget in between.
+FAST = [f"{name}, elit" for name in ("uvit", "hdit", "prompted")]
 AT_BUDGETS = [
   pytest.param(
     model,
     budget,
     id=f"{name}, {budget}",
-    marks=[] if budget == Budget(3) else [pytest.mark.slow],
+    marks=[] if budget == Budget(3) and name in FAST else [pytest.mark.slow],
   )
   for name, model in MODELS.items()
   for budget in budgets(model)
@@ -147,7 +151,7 @@ def test_sharded_is_single(model: spec.Model, budget: Budget):
   )
 
 
-@elastic_ones
+@most
 def test_packed_is_apart(model: spec.Model):
   """Two budgets as one sequence in the core: text and its condition with each."""
   asked = Budget(3), Budget(1)
@@ -227,7 +231,7 @@ def test_blocks_are_silent_at_initialisation(name: str):
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-@elastic_ones
+@most
 def test_a_silent_interface_is_tail_of_head(model: spec.Model):
   """Read's gates and Write's outputs at zero: slot tables are all that they add."""
   params = dict(params_of(model))

@@ -191,6 +191,7 @@ def test_latents_that_see_each_other_are_not(kind: str):
   assert np.abs(some - whole[:, :, :2]).max() > 1e-3
 
 
+@pytest.mark.slow  # of whole networks: test_backbones.py
 @pytest.mark.parametrize("kind,depth", [(k, d) for k in READS for d in (1, 2)])
 def test_every_parameter_of_read_has_a_gradient(kind: str, depth: int):
   module = reading(kind, depth, 2.0, 6, dtype=jnp.float32)
@@ -210,6 +211,7 @@ def test_every_parameter_of_read_has_a_gradient(kind: str, depth: int):
   check(gradient(params))
 
 
+@pytest.mark.slow  # of whole networks: test_backbones.py
 @pytest.mark.parametrize("kind,depth", [(k, d) for k in WRITES for d in (1, 2)])
 def test_every_parameter_of_write_has_a_gradient(kind: str, depth: int):
   module = writing(kind, depth, 2.0, dtype=jnp.float32)
