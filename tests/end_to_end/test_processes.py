@@ -286,7 +286,7 @@ def test_killed_and_terminated_it_ends_as_if_nothing_had_happened(whole, tmp_pat
 TOPOLOGIES = [
   pytest.param(2, 4, (-1, 1, 1), id="2x4", marks=pytest.mark.slow),
   pytest.param(4, 1, (-1, 1, 1), id="4x1", marks=pytest.mark.slow),
-  pytest.param(1, 1, (-1, 1, 1), id="1x1"),
+  pytest.param(1, 1, (-1, 1, 1), id="1x1", marks=pytest.mark.slow),
   pytest.param(2, 4, (1, 8, 1), id="2x4-fsdp", marks=pytest.mark.slow),
   pytest.param(2, 4, (2, 2, 2), id="2x4-all", marks=pytest.mark.slow),
   # Two processes of four hold the same rows.
