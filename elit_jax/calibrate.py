@@ -261,7 +261,8 @@ def watched(model: spec.Model, params: Any, budget: Budget) -> Predict:
   def predict(
     seen: Seen, x: jax.Array, at: At, cond: jax.Array
   ) -> tuple[Seen, jax.Array]:
-    stream = denoiser.embed(model, params, x, sampler.as_batch(at.t, x), cond)
+    t_B = sampler.as_batch(at.t, x)
+    stream = denoiser.embed(model, params, x, t_B, cond, budget)
 
     def middle() -> tuple[jax.Array]:
       inside = denoiser.head(model, params, stream, budget)
@@ -272,7 +273,7 @@ def watched(model: spec.Model, params: Any, budget: Budget) -> Predict:
     change = jnp.abs(tokens - seen.tokens).mean() / jnp.abs(seen.tokens).mean()
     changes_n = seen.changes_n.at[seen.done].set(change)
     left = dataclasses.replace(stream, x=tokens)
-    out = denoiser.unembed(model, params, left).prediction
+    out = denoiser.unembed(model, params, left, budget).prediction
     return Seen(seen.done + 1, tokens, changes_n, kept), out
 
   return predict
@@ -371,7 +372,7 @@ class Watch:
     self, params: Any, x: jax.Array, label_B: jax.Array, numbers: Schedule
   ) -> Seen:
     t_B = sampler.as_batch(numbers.at.t[0, 0], x)
-    embed = functools.partial(denoiser.embed, self.model)
+    embed = functools.partial(denoiser.embed, self.model, budget=self.budget)
     stream = jax.eval_shape(embed, params, x, t_B, label_B)
     tokens = jnp.zeros(stream.x.shape, stream.x.dtype)
     changes_n = jnp.zeros(numbers.at.t.size)

@@ -23,6 +23,7 @@ from elit_jax import (
   sharding,
 )
 from elit_jax import config as config_lib
+from elit_jax.budget import Budget
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
 from elit_jax.data.spread import NONE, Spread
@@ -48,12 +49,12 @@ Draw = Callable[[Any, int, np.ndarray, np.ndarray, Plan], np.ndarray]
 def network(model: spec.Model, params: Params, spread: Spread = NONE) -> Network:
   """A model under its parameters, as sampling sees it."""
 
-  def embed(x: jax.Array, t: jax.Array, cond: jax.Array) -> Stream:
+  def embed(x: jax.Array, t: jax.Array, cond: jax.Array, budget: Budget) -> Stream:
     x = spread.enter(x)
-    return denoiser.embed(model, params, x, sampler.as_batch(t, x), cond)
+    return denoiser.embed(model, params, x, sampler.as_batch(t, x), cond, budget)
 
-  def unembed(stream: Stream) -> jax.Array:
-    return spread.leave(denoiser.unembed(model, params, stream).prediction)
+  def unembed(stream: Stream, budget: Budget) -> jax.Array:
+    return spread.leave(denoiser.unembed(model, params, stream, budget).prediction)
 
   return Network(
     embed,

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from elit_jax.budget import Budget
-from elit_jax.models import spec
+from elit_jax.models import sizes, spec
 from elit_jax.models.conditions import CONDITIONS, Cond, extra_tokens, part_inputs
-from elit_jax.models.layout import Layout
+from elit_jax.models.layout import Layout, axis_positions
 from elit_jax.models.spec import Model, Read, find, kept, learns_variance, seams
 from elit_jax.models.stages import Params, Stream, fold, init_stage, keep, run_stage
 from elit_jax.nn import embed as nn_embed
 from elit_jax.nn.partition import split_batch
-from elit_jax.nn.position import sincos_table
+from elit_jax.nn.position import sincos_at
 
 
 class Output(NamedTuple):
@@ -45,7 +45,15 @@ def _parts(model: Model) -> dict:
   if model.positions == "learned":
     tokens = extra_tokens(model) + math.prod(model.grid)
     parts["position"] = nn_embed.PositionTable(tokens, model.width)
+  if model.normed:
+    parts |= {name: nn_embed.TokenNorm() for name in ("norm_in", "norm_out")}
   return parts
+
+
+def at_size(model: Model, params: Params, budget: Budget) -> tuple[Model, Params]:
+  """The network and its parameters at the patch size of a budget."""
+  small = sizes.sized(model, budget.patch)
+  return small, sizes.laid(model, params, budget.patch)
 
 
 def init(model: Model, key: jax.Array) -> Params:
@@ -54,6 +62,11 @@ def init(model: Model, key: jax.Array) -> Params:
   Block parameters are stacked on axis 0. Each part is keyed by its name and each block
   by its number, so equal parts of two models start equal.
   """
+  return sizes.grown(model, _init(sizes.sized(model), key), fold(key, "sizes"))
+
+
+def _init(model: Model, key: jax.Array) -> Params:
+  """Of a model of one patch size."""
   c = jnp.zeros((1, model.width))
   inputs = part_inputs(model) | {
     "patch": (jnp.zeros((1, *model.patch, model.channels)),),
@@ -71,23 +84,35 @@ def init(model: Model, key: jax.Array) -> Params:
 
 
 def embed(
-  model: Model, params: Params, x: jax.Array, t_B: jax.Array, cond: Cond
+  model: Model,
+  params: Params,
+  x: jax.Array,
+  t_B: jax.Array,
+  cond: Cond,
+  budget: Budget = Budget(),
 ) -> Stream:
   """Sample (B, *space, C), time (B,) and label (B,) or prompt to a stream of tokens."""
+  model, params = at_size(model, params, budget)
   grid = spec.grid_of(model, x.shape[1:])
   tokens_BND = _parts(model)["patch"].apply({"params": params["patch"]}, x)
   time_BD = time_embedding(model, params, t_B)
   c_BD, text_BMD = CONDITIONS[model.condition].run(model, params, time_BD, cond)
   if model.positions == "sincos":
-    tokens_BND = tokens_BND + sincos_table(grid, model.width)[None]
+    places = axis_positions(grid, model.raster)
+    tokens_BND = tokens_BND + sincos_at(places, model.width)[None]
   if model.positions == "learned":
     table_LD = _parts(model)["position"].apply({"params": params["position"]})
     rows_MD, rows_ND = jnp.split(table_LD, [extra_tokens(model)])
     tokens_BND = tokens_BND + rows_ND[None]
     text_BMD = None if text_BMD is None else text_BMD + rows_MD[None]
+  if model.normed:
+    tokens_BND = _parts(model)["norm_in"].apply(
+      {"params": params["norm_in"]}, tokens_BND
+    )
   text_BMD = None if text_BMD is None else split_batch(text_BMD)
   x_BND, c_BD = split_batch(tokens_BND), split_batch(c_BD)
-  return Stream(x_BND, c_BD, grid, (Layout(grid),), text_BMD)
+  layout = Layout(grid, raster=model.raster)
+  return Stream(x_BND, c_BD, grid, (layout,), text_BMD)
 
 
 def time_embedding(model: Model, params: Params, t_B: jax.Array) -> jax.Array:
@@ -100,6 +125,7 @@ def time_embedding(model: Model, params: Params, t_B: jax.Array) -> jax.Array:
 def _run(
   model: Model, params: Params, stream: Stream, budget: Budget, span: slice
 ) -> Stream:
+  model, params = at_size(model, params, budget)
   named = zip(
     model.trunk, spec.names(model.trunk), spec.scales(model.trunk), strict=True
   )
@@ -108,10 +134,12 @@ def _run(
   return stream
 
 
-def read_input(model: Model, params: Params, stream: Stream) -> Stream:
+def read_input(
+  model: Model, params: Params, stream: Stream, budget: Budget = Budget()
+) -> Stream:
   """What enters Read, of what leaves `embed`: the head's stages before it."""
   before = max(seams(model)[0] - 1, 0)
-  return _run(model, params, stream, Budget(), slice(before))
+  return _run(model, params, stream, budget, slice(before))
 
 
 def head(model: Model, params: Params, stream: Stream, budget: Budget) -> Stream:
@@ -122,8 +150,15 @@ def head(model: Model, params: Params, stream: Stream, budget: Budget) -> Stream
 def heads(
   model: Model, params: Params, stream: Stream, budgets: Sequence[Budget]
 ) -> tuple[Stream, ...]:
-  """What enters the core at each budget, of one head and one Read at the largest."""
-  read = find(model, Read)
+  """What enters the core at each budget, of one head and one Read at the largest.
+
+  All have the patch size that the stream was embedded at; ValueError otherwise.
+  """
+  if len({budget.patch for budget in budgets}) > 1:
+    raise ValueError(
+      f"budgets of several patch sizes have no head in common: {budgets}"
+    )
+  read = find(sizes.sized(model, budgets[0].patch), Read)
   if not isinstance(read, Read):
     return (stream,) * len(budgets)
   largest = max(budgets, key=functools.partial(kept, read))
@@ -177,10 +212,15 @@ def tail(model: Model, params: Params, stream: Stream, budget: Budget) -> Stream
   return _run(model, params, stream, budget, slice(seams(model)[1], None))
 
 
-def unembed(model: Model, params: Params, stream: Stream) -> Output:
+def unembed(
+  model: Model, params: Params, stream: Stream, budget: Budget = Budget()
+) -> Output:
   """Tokens back to a prediction; channels without a use are set aside."""
-  part = _parts(model)["unembed"]
-  patches_BNP = part.apply({"params": params["unembed"]}, stream.x, stream.c)
+  model, params = at_size(model, params, budget)
+  parts, x_BND = _parts(model), stream.x
+  if model.normed:
+    x_BND = parts["norm_out"].apply({"params": params["norm_out"]}, x_BND)
+  patches_BNP = parts["unembed"].apply({"params": params["unembed"]}, x_BND, stream.c)
   out = nn_embed.unpatchify(patches_BNP, stream.grid, model.patch)
   if not learns_variance(model):
     out = out[..., : model.channels]
@@ -202,11 +242,11 @@ def apply(
   x (B, *space, C), t (B,) in [0, 1] with 1 = noise; condition: label (B,) with
   `classes` = null, or a prompt.
   """
-  stream = embed(model, params, x, t_B, cond)
+  stream = embed(model, params, x, t_B, cond, budget)
   stream = head(model, params, stream, budget)
   stream = core(model, params, stream, budget)
   stream = tail(model, params, stream, budget)
-  return unembed(model, params, stream)
+  return unembed(model, params, stream, budget)
 
 
 def null_labels(model: Model, label_B: jax.Array) -> jax.Array:

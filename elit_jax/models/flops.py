@@ -9,7 +9,9 @@ from elit_jax.budget import Budget
 from elit_jax.models import spec
 from elit_jax.models.conditions import CONDITIONS, extra_tokens
 from elit_jax.models.layout import Layout, layouts
+from elit_jax.models.sizes import sized
 from elit_jax.models.spec import Blocks, Down, Model, Read, Stage, Tap, Up, Write
+from elit_jax.nn.blocks import BLOCKS as KINDS
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def costs(model: Model, shape: Sequence[int], budget: Budget) -> list[Cost]:
 
   Taps are left out: a forward pass that samples does not compute them.
   """
+  model = sized(model, budget.patch)
   places = layouts(model, spec.grid_of(model, shape), budget)
   n, d = places[0].length, model.width
   patch = 2 * n * d * math.prod(model.patch)
@@ -89,19 +92,25 @@ def parts(model: Model, shape: Sequence[int], *budgets: Budget) -> Parts:
   """
   first, last = spec.seams(model)
   columns = [costs(model, shape, budget) for budget in budgets]
+  small = [sized(model, budget.patch) for budget in budgets]
   # The same stage at every budget.
   embed, *trunk, unembed = (
     sum(cost.flops for cost in row) for row in zip(*columns, strict=True)
   )
-  grid = spec.grid_of(model, shape)
-  places = [layouts(model, grid, budget) for budget in budgets]
+  places = [
+    layouts(one, spec.grid_of(one, shape), budget)
+    for one, budget in zip(small, budgets, strict=True)
+  ]
   packed = list(zip(*places, strict=True))
-  core = sum(sum(_stage(model, i, budgets[0], packed[i])) for i in range(first, last))
+  core = sum(
+    sum(_stage(small[0], i, budgets[0], packed[i])) for i in range(first, last)
+  )
   return Parts(embed, sum(trunk[:first]), core, sum(trunk[last:]), unembed)
 
 
 def core_tokens(model: Model, shape: Sequence[int], budget: Budget) -> int:
   """Tokens that enter the core."""
+  model = sized(model, budget.patch)
   places = layouts(model, spec.grid_of(model, shape), budget)
   return places[spec.seams(model)[0]].length
 
@@ -113,8 +122,10 @@ def _stage(model: Model, index: int, budget: Budget, places: Sequence[Layout]) -
   n = sum(place.length for place in places)
   match stage:
     case Blocks():
-      text = extra_tokens(model)
-      return _blocks(stage, c, d, n, text * len(places), len(places))
+      m = extra_tokens(model) * len(places)
+      spent = _blocks(stage, c, d, n, m, len(places))
+      seen = n + m if KINDS[stage.kind].sees_text else n
+      return Spent(spent.linear + _adapters(model, stage, d, seen), spent.other)
     case Down() | Up():
       # On the coarse side: as many numbers in as the fine tokens have, or out.
       fine = math.prod(stage.factor) * (
@@ -133,9 +144,17 @@ def _stage(model: Model, index: int, budget: Budget, places: Sequence[Layout]) -
       return Spent(0, 0)
 
 
+def _adapters(model: Model, stage: Blocks, d: int, n: int) -> int:
+  """Of a size's adapters on n tokens: both layers of attention, and of the MLP."""
+  f = int(d * stage.mlp_ratio)
+  return stage.count * 2 * n * model.rank * (d + 3 * d + d + d + 2 * (d + f))
+
+
 def _tokens_of(model: Model, latents: Layout) -> int:
   """Tokens that Write updates, whose groups these latents are of."""
-  return math.prod(latents.cells) * latents.slots
+  write = spec.find(model, Write)
+  assert isinstance(write, Write)
+  return math.prod(latents.cells) * math.prod(write.window)
 
 
 def _seen(model: Model, budget: Budget) -> int:

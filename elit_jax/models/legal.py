@@ -1,11 +1,14 @@
 """Which networks may be built: every refusal in one sentence, before anything runs."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from elit_jax.budget import patch_text
 from elit_jax.errors import ConfigError, lookup
 from elit_jax.models import spec
 from elit_jax.models.conditions import CONDITIONS, extra_tokens
+from elit_jax.models.sizes import sized
 from elit_jax.models.spec import Blocks, Down, Grid, Model, Read, Tap, Up, Write
 from elit_jax.nn.attention import NORMS
 from elit_jax.nn.blocks import BLOCKS
@@ -14,7 +17,27 @@ from elit_jax.nn.position import rope_shares
 
 
 def validate(model: Model, shape: Sequence[int]) -> Grid:
-  """The token grid of a legal model and sample shape; raises ConfigError otherwise."""
+  """The token grid of a legal model and sample shape; raises ConfigError otherwise.
+
+  Of several patch sizes each must be legal; the grid is that of the first.
+  """
+  first, *others = (sized(model, patch) for patch in spec.patches(model))
+  grid = _validate(first, shape)
+  for other in others:
+    with _blamed_on(other):
+      _validate(other, shape)
+  return grid
+
+
+@contextlib.contextmanager
+def _blamed_on(model: Model) -> Iterator[None]:
+  try:
+    yield
+  except ConfigError as error:
+    raise ConfigError(f"at patch size {patch_text(model.patch)}: {error}") from None
+
+
+def _validate(model: Model, shape: Sequence[int]) -> Grid:
   if model.width % model.heads:
     raise ConfigError(f"{model.heads} heads do not divide the width {model.width}")
   if model.prediction not in ("velocity", "noise"):

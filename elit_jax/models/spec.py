@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from elit_jax.budget import Budget, parse_budget
+from elit_jax.budget import Budget, Grid, parse_budget
 from elit_jax.errors import ConfigError
 
-Grid = tuple[int, ...]
 Prediction = Literal["velocity", "noise"]
 QKNorm = Literal["none", "head_ln", "head_rms", "full_rms"]
 BlockKind = Literal["adaln", "prenorm", "dual", "single"]
@@ -60,6 +59,8 @@ class Read:
   """Tokens to latents, group by group; ends the head.
 
   window: tokens of a group along each axis; a group has as many latents as tokens.
+  places: latents along each axis where these are others, on patches of another size;
+  (): as many as tokens.
   positions: rows of the table of latent positions (4096 in the released weights); 0:
   none, where RoPE tells the core. kind: "cross" attention from latents to tokens, the
   same after self-attention among a group's latents ("qformer"), or self-attention over
@@ -73,6 +74,12 @@ class Read:
   depth: int = 1
   mlp_ratio: float = 1.0
   chunks: int = 7
+  places: Grid = ()
+
+  @property
+  def latents(self) -> Grid:
+    """Latents of a group along each axis."""
+    return self.places or self.window
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,37 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Sizes:
+  """Patch sizes that one network knows besides that of `Model.patch` (FlexiDiT).
+
+  patches: these. kernel: the size of the kernels of patches in and out from which those
+  of all sizes are made; (): every size has kernels of its own. embedding: a vector of
+  each size is added to its tokens. norm: tokens of these sizes are normed behind the
+  positions and before the final layer. rank: of adapters (LoRA) that each of these
+  sizes has in attention and MLPs; 0: none. center: a token stands in the middle of its
+  patch, else at its first corner.
+  """
+
+  patches: tuple[Grid, ...]
+  kernel: Grid = ()
+  embedding: bool = True
+  norm: bool = True
+  rank: int = 0
+  center: bool = False
+
+
+@dataclass(frozen=True)
+class Raster:
+  """Where tokens of a grid stand, counted in those that positions were made for.
+
+  spacing: between neighbours along each axis. first: where the first stands. (): 1, 0.
+  """
+
+  spacing: tuple[float, ...] = ()
+  first: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Compute:
   """How a network is run, not what it computes.
 
@@ -156,6 +194,8 @@ class Model:
   velocity they are computed and set aside. condition: how time and label enter, see
   `conditions.CONDITIONS`. positions: the absolute table that is added to tokens;
   grid: that a learned one is for, else (). text: that of the condition "text".
+  sizes: other sizes of patches. raster, normed, rank: of one of these on its own, which
+  `sizes.sized` makes: where its tokens stand, whether they are normed, its adapters.
   """
 
   width: int
@@ -172,6 +212,10 @@ class Model:
   positions: Positions = "sincos"
   grid: Grid = ()
   text: Text | None = None
+  sizes: Sizes | None = None
+  raster: Raster = Raster()
+  normed: bool = False
+  rank: int = 0
 
 
 def learns_variance(model: Model) -> bool:
@@ -264,23 +308,27 @@ def read_grid(model: Model, grid: Grid) -> Grid:
   return grid
 
 
+def patches(model: Model) -> tuple[Grid, ...]:
+  """All patch sizes of a model, the one that it has without a word first."""
+  return (model.patch, *(model.sizes.patches if model.sizes else ()))
+
+
 def budget_for(model: Model, shape: Sequence[int], text: str | float) -> Budget:
   """Parses a budget against a model and a sample shape; raises ConfigError."""
-  read = find(model, Read)
+  read, sizes = find(model, Read), patches(model) if model.sizes else ()
   if not isinstance(read, Read):
-    return parse_budget(text)
-  slots = math.prod(read.window)
-  tokens = math.prod(read_grid(model, grid_of(model, shape)))
-  return parse_budget(text, slots, tokens // slots)
+    return parse_budget(text, patches=sizes)
+  groups = math.prod(read_grid(model, grid_of(model, shape))) // math.prod(read.window)
+  return parse_budget(text, math.prod(read.latents), groups, sizes)
 
 
 def kept(read: Read, budget: Budget) -> int:
   """Latents of each group that the core sees."""
-  return math.prod(read.window) if budget.latents is None else budget.latents
+  return math.prod(read.latents) if budget.latents is None else budget.latents
 
 
 def computed(model: Model, read: Read, budget: Budget) -> int:
   """Latents of each group that Read computes and Write sees."""
   write = find(model, Write)
   only_kept = isinstance(write, Write) and write.sees == "kept"
-  return kept(read, budget) if only_kept else math.prod(read.window)
+  return kept(read, budget) if only_kept else math.prod(read.latents)

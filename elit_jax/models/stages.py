@@ -114,6 +114,7 @@ def _read(model: Model, stage: Read, scale: int) -> latent_interface.Read:
     stage.depth,
     stage.mlp_ratio,
     stage.chunks,
+    stage.latents,
     **_kernels(model.compute),
   )
 
@@ -217,7 +218,7 @@ def run_stage(
       x = _write(model, stage, scale).apply(
         {"params": params}, stream.patches, restore_latents(stream), stream.grid
       )
-      tokens = (Layout(stream.grid),)
+      tokens = (Layout(stream.grid, raster=model.raster),)
       return dataclasses.replace(
         stream, x=split_batch(x), layouts=tokens, patches=None, latents=None
       )
@@ -248,8 +249,7 @@ def pick(read: Read, stream: Stream, chosen: range) -> Stream:
   assert stream.latents is not None
   x = stream.latents[:, :, chosen.start : chosen.stop]
   x = x.reshape(x.shape[0], -1, x.shape[-1])
-  groups = Layout(stream.grid).down(read.window)
-  layout = dataclasses.replace(groups, latents=chosen, slots=math.prod(read.window))
+  layout = Layout(stream.grid).groups(read, chosen)
   return dataclasses.replace(stream, x=split_batch(x), layouts=(layout,))
 
 

@@ -58,6 +58,14 @@ class PatchEmbed(nn.Module):
     return tokens_BND.astype(jnp.float32) + bias[None, None]
 
 
+class TokenNorm(nn.Module):
+  """Affine LayerNorm of tokens (B, N, D) of one patch size (FlexiDiT)."""
+
+  @nn.compact
+  def __call__(self, x_BND: jax.Array) -> jax.Array:
+    return affine_norm(x_BND, "norm", eps=1e-6)
+
+
 class TimeEmbed(nn.Module):
   """Time (B,) to its embedding (B, D): 256 sinusoids, Linear, SiLU, Linear; fp32."""
 

@@ -93,6 +93,8 @@ class Read(nn.Module):
   group (B, G, count, D) and the tokens with Read's slot table added, grouped
   (B, G, n, D), which Write takes as its residual.
 
+  places: latents of a group along each axis, where these are not as many as its tokens.
+
   A layer is attention, then an MLP, each behind a gate that is zero at init. Latents
   enter attention as they are, tokens under LayerNorm and modulation. By kind (ELIT,
   table 6): "cross", latents attend to tokens; "qformer", the same after a residual
@@ -109,6 +111,7 @@ class Read(nn.Module):
   depth: int = 1
   mlp_ratio: float = 1.0
   chunks: int = 7
+  places: Sequence[int] = ()
   dtype: Any = jnp.float32
   backend: str = "auto"
 
@@ -116,20 +119,22 @@ class Read(nn.Module):
   def __call__(
     self, x_BND: jax.Array, c_BD: jax.Array, grid: Sequence[int], count: int
   ) -> tuple[jax.Array, jax.Array]:
-    width, slots = x_BND.shape[-1], math.prod(self.window)
-    query_ND = self.param("query", normal, (slots, width))
-    slot_ND = self.param("slot_position", normal, (slots, width))
+    width, places = x_BND.shape[-1], self.places or self.window
+    query_JD = self.param("query", normal, (math.prod(places), width))
+    slot_ND = self.param("slot_position", normal, (math.prod(self.window), width))
 
     patches_BGND = group_tokens(x_BND, grid, self.window) + slot_ND[None, None]
-    latents_BGJD = query_ND[None, None, :count]  # B and G are 1: every group asks so
+    latents_BGJD = query_JD[None, None, :count]  # B and G are 1: every group asks so
     for i in range(self.depth):
       # The first layer has the names of the released one.
       suffix = f"_{i}" if i else ""
       latents_BGJD = self._layer(suffix, latents_BGJD, patches_BGND, c_BD)
     if self.positions:
       table = self.param("latent_position", normal, (self.positions, width))
-      position_1GND = group_tokens(table[None, : math.prod(grid)], grid, self.window)
-      latents_BGJD = latents_BGJD + position_1GND[:, :, :count]
+      # Of the grid that latents have places in, which is the tokens' unless said.
+      grid = [g // w * p for g, w, p in zip(grid, self.window, places, strict=True)]
+      position_1GJD = group_tokens(table[None, : math.prod(grid)], grid, places)
+      latents_BGJD = latents_BGJD + position_1GJD[:, :, :count]
     return latents_BGJD, patches_BGND
 
   def _layer(

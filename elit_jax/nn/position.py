@@ -8,16 +8,21 @@ import numpy as np
 
 
 def sincos_table(grid: Sequence[int], width: int) -> np.ndarray:
-  """Sine-cosine table (N, D) of a raster-ordered grid (rows, columns) or (T, H, W).
+  """`sincos_at` of a whole grid (rows, columns) or (T, H, W)."""
+  return sincos_at([np.arange(n) for n in grid], width)
+
+
+def sincos_at(places: Sequence[np.ndarray], width: int) -> np.ndarray:
+  """Sine-cosine table (N, D) of raster-ordered tokens, by their places along each axis.
 
   The channels are split evenly over the axes, fastest axis first: columns, then rows
   (DiT's order), then frames. Each share is [sin(i w), cos(i w)] with w_k =
   10000^(-k/q). Channels that do not divide are zero; with two axes D must be a
   multiple of 4 and none are left.
   """
-  q = width // (2 * len(grid))
+  q = width // (2 * len(places))
   omega = 10000.0 ** (-np.arange(q, dtype=np.float64) / q)
-  axes = np.meshgrid(*(np.arange(n, dtype=np.float64) for n in grid), indexing="ij")
+  axes = np.meshgrid(*(np.asarray(p, np.float64) for p in places), indexing="ij")
   angles = [axis.reshape(-1, 1) * omega for axis in reversed(axes)]
   parts = [f(angle) for angle in angles for f in (np.sin, np.cos)]
   table = np.concatenate(parts, axis=1)

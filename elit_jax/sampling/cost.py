@@ -96,6 +96,7 @@ def evaluation_flops(form: Form, *, guided: bool, run: bool, parts: PartsOf) -> 
     assert form.weak is not None
     weak = parts(form.weak)
     one_head = form.label == "same" and form.way in ("shared", "packed")
+    one_head &= form.budget.patch == form.weak.patch
     join = max if one_head else int.__add__
     embed, head = join(embed, weak[0]), join(head, weak[1])
     packed = form.way == "packed"

@@ -64,8 +64,9 @@ def alone(network: Network, budget: Budget) -> Opening:
   """One branch."""
 
   def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
-    stream = network.embed(x, t, cond)
-    return _opened(network, [stream], lambda: [trunk(network, stream, budget)])
+    stream = network.embed(x, t, cond, budget)
+    pairs = [(stream, budget)]
+    return _opened(network, pairs, lambda: [trunk(network, stream, budget)])
 
   return opened
 
@@ -76,14 +77,14 @@ def batch(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> Op
 
   def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
     both = jnp.concatenate([cond, weak_cond(cond)])
-    stream = network.embed(jnp.concatenate([x, x]), t, both)
+    stream = network.embed(jnp.concatenate([x, x]), t, both, strong)
 
     def middle() -> Tokens:
       return tuple(jnp.split(trunk(network, stream, strong).x, 2))
 
     def close(outputs: Tokens) -> tuple[jax.Array, ...]:
       whole = dataclasses.replace(stream, x=jnp.concatenate(outputs))
-      return tuple(jnp.split(network.unembed(whole), 2))
+      return tuple(jnp.split(network.unembed(whole, strong), 2))
 
     return Opened(tuple(jnp.split(stream.x, 2)), middle, close)
 
@@ -94,48 +95,54 @@ def calls(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> Op
   """Both branches, one after the other."""
 
   def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
-    streams = [network.embed(x, t, cond), network.embed(x, t, weak_cond(cond))]
-    pairs = [*zip(streams, (strong, weak), strict=True)]
-    return _opened(network, streams, lambda: [trunk(network, *pair) for pair in pairs])
+    conds = cond, weak_cond(cond)
+    pairs = _embedded(network, x, t, conds, (strong, weak))
+    return _opened(network, pairs, lambda: [trunk(network, *pair) for pair in pairs])
 
   return opened
 
 
 def shared(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> Opening:
-  """Both branches of one condition: the same tokens and head, and two cores."""
+  """Both branches of one condition and patch size: one head, and two cores."""
   del weak_cond
 
   def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
-    stream = network.embed(x, t, cond)
+    stream = network.embed(x, t, cond, strong)
 
     def middle() -> list[Stream]:
       entered = network.heads(stream, (strong, weak))
       pairs = zip(entered, (strong, weak), strict=True)
       return [network.tail(network.core(*pair), pair[1]) for pair in pairs]
 
-    return _opened(network, [stream, stream], middle)
+    return _opened(network, [(stream, strong), (stream, weak)], middle)
 
   return opened
 
 
 def packed(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> Opening:
-  """Both branches as one sequence in the core; of one condition the head is shared."""
+  """Both branches as one sequence in the core; of one condition and patch size the head
+  is shared.
+  """
   budgets = (strong, weak)
 
   def opened(x: jax.Array, t: jax.Array, cond: jax.Array) -> Opened:
-    first, other = network.embed(x, t, cond), weak_cond(cond)
-    streams = [first, first if other is cond else network.embed(x, t, other)]
+    other = weak_cond(cond)
+    one_head = other is cond and strong.patch == weak.patch
+    if one_head:
+      stream = network.embed(x, t, cond, strong)
+      pairs = [(stream, b) for b in budgets]
+    else:
+      pairs = _embedded(network, x, t, (cond, other), budgets)
 
     def middle() -> list[Stream]:
-      if other is cond:
-        entered = network.heads(first, budgets)
+      if one_head:
+        entered = network.heads(pairs[0][0], budgets)
       else:
-        pairs = zip(streams, budgets, strict=True)
         entered = tuple(network.heads(stream, (b,))[0] for stream, b in pairs)
       left = network.unpack(network.core(network.pack(entered), strong), entered)
       return [network.tail(stream, b) for stream, b in zip(left, budgets, strict=True)]
 
-    return _opened(network, streams, middle)
+    return _opened(network, pairs, middle)
 
   return opened
 
@@ -149,17 +156,32 @@ WAYS: dict[str, Callable[[Network, Budget, Budget, Null], Opening]] = {
 }
 
 
+def _embedded(
+  network: Network,
+  x: jax.Array,
+  t: jax.Array,
+  conds: Sequence[jax.Array],
+  budgets: Sequence[Budget],
+) -> list[tuple[Stream, Budget]]:
+  """The stream of each branch, and its budget."""
+  pairs = zip(conds, budgets, strict=True)
+  return [(network.embed(x, t, cond, budget), budget) for cond, budget in pairs]
+
+
 def _opened(
   network: Network,
-  streams: Sequence[Stream],
+  pairs: Sequence[tuple[Stream, Budget]],
   middle: Callable[[], Sequence[Stream]],
 ) -> Opened:
   def close(outputs: Tokens) -> tuple[jax.Array, ...]:
-    pairs = zip(streams, outputs, strict=True)
-    return tuple(network.unembed(dataclasses.replace(s, x=x)) for s, x in pairs)
+    columns = zip(pairs, outputs, strict=True)
+    return tuple(
+      network.unembed(dataclasses.replace(stream, x=x), budget)
+      for (stream, budget), x in columns
+    )
 
   return Opened(
-    tuple(stream.x for stream in streams),
+    tuple(stream.x for stream, _ in pairs),
     lambda: tuple(stream.x for stream in middle()),
     close,
   )

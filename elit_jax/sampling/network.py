@@ -20,17 +20,18 @@ Null = Callable[[jax.Array], jax.Array]
 class Network(NamedTuple):
   """The functions of a model under its parameters.
 
-  embed: a sample (B, ..., C), a time () and a condition (B, ...) to a stream. heads:
-  what enters the core at each of several budgets, from one head. core, tail: at one.
-  unembed: the prediction (B, ..., C), with C more channels where a variance is learned.
-  pack: streams that enter the core as one; unpack: as many as the streams it is given.
+  embed: a sample (B, ..., C), a time () and a condition (B, ...) to a stream, whose
+  tokens depend on a budget's patch size alone. heads: what enters the core at each of
+  several budgets of one patch size, from one head. core, tail: at one. unembed: the
+  prediction (B, ..., C), with C more channels where a variance is learned. pack:
+  streams that enter the core as one; unpack: as many as the streams it is given.
   """
 
-  embed: Callable[[jax.Array, jax.Array, jax.Array], Stream]
+  embed: Callable[[jax.Array, jax.Array, jax.Array, Budget], Stream]
   heads: Callable[[Stream, tuple[Budget, ...]], tuple[Stream, ...]]
   core: Callable[[Stream, Budget], Stream]
   tail: Callable[[Stream, Budget], Stream]
-  unembed: Callable[[Stream], jax.Array]
+  unembed: Callable[[Stream, Budget], jax.Array]
   pack: Callable[[Sequence[Stream]], Stream]
   unpack: Callable[[Stream, Sequence[Stream]], tuple[Stream, ...]]
 

@@ -104,9 +104,17 @@ def empty(form: Form, network: Network, x: jax.Array, cond: jax.Array) -> tuple:
   """A cache that holds nothing yet: () where a form has none."""
   if not form.reuse:
     return ()
-  stream = jax.eval_shape(network.embed, x, jnp.float32(1), cond)
-  tokens = jnp.zeros(stream.x.shape, stream.x.dtype)
-  return caching.POLICIES[form.reuse].fresh((tokens,) * form.branches)
+  inputs = []
+  for budget in (form.budget, form.weak)[: form.branches]:
+    # Not as an argument: a budget is no array.
+    tokens = jax.eval_shape(
+      lambda x, t, cond, b=budget: network.embed(x, t, cond, b).x,
+      x,
+      jnp.float32(1),
+      cond,
+    )
+    inputs.append(jnp.zeros(tokens.shape, tokens.dtype))
+  return caching.POLICIES[form.reuse].fresh(tuple(inputs))
 
 
 def initial_noise(

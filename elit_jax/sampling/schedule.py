@@ -166,9 +166,10 @@ def runs(plan: Sequence[Decided]) -> str:
   )
 
 
-def _remembers(form: Form) -> tuple[str, int, str]:
+def _remembers(form: Form) -> tuple:
   """A cache outlives its phase where this agrees."""
-  return form.reuse, form.branches, form.label
+  patches = form.budget.patch, form.weak.patch if form.weak else None
+  return form.reuse, form.branches, form.label, patches
 
 
 def _form(phase: Phase, guided_SE: np.ndarray, exists_SE: np.ndarray) -> Form:
@@ -180,7 +181,8 @@ def _form(phase: Phase, guided_SE: np.ndarray, exists_SE: np.ndarray) -> Form:
   weak, way = phase.weak_budget, str(guidance.way)
   if way == "auto":
     way = "batch" if weak == phase.budget else "calls"
-    way = "shared" if guidance.label == "same" else way
+    one_head = guidance.label == "same" and weak.patch == phase.budget.patch
+    way = "shared" if one_head else way
   always = bool(guided_SE[exists_SE].all())
   return Form(phase.budget, weak, guidance.label, guidance.channels, way, always, reuse)
 

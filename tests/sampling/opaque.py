@@ -33,11 +33,11 @@ def opaque(predict: Callable[[Budget], Predict]) -> Network:
     return dataclasses.replace(stream, x=out)
 
   return Network(
-    embed=Stream,
+    embed=lambda x, t, cond, budget: Stream(x, t, cond),
     heads=lambda stream, budgets: (stream,) * len(budgets),
     core=core,
     tail=lambda stream, budget: stream,
-    unembed=lambda stream: stream.x,
+    unembed=lambda stream, budget: stream.x,
     pack=_cannot,
     unpack=_cannot,
   )

@@ -104,12 +104,12 @@ def test_what_is_reused_is_what_the_trunk_added():
 
   @jax.jit
   def step(x, t, kept):
-    stream = network.embed(x, jnp.float32(t), label)
+    stream = network.embed(x, jnp.float32(t), label, FULL)
     if kept is None:
       (entered,) = network.heads(stream, (FULL,))
       out = network.tail(network.core(entered, FULL), FULL)
       kept = out.x - stream.x
-    out = network.unembed(dataclasses.replace(stream, x=stream.x + kept))
+    out = network.unembed(dataclasses.replace(stream, x=stream.x + kept), FULL)
     return x - out / 3, kept
 
   x, kept = step(start, 1.0, None)
