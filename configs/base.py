@@ -183,6 +183,23 @@ def get_config() -> ConfigDict:
   )
 
 
+def flexi(patches: tuple[str, ...], **fields: Any) -> ConfigDict:
+  """What `config.flexi` is where there are several patch sizes; fields: other knobs."""
+  return ConfigDict(
+    {
+      "patches": patches,  # besides the preset's, as budgets have them: "p4", "p1x4x4"
+      # shared (one of the largest size, resized for each) | own (of each size; the
+      # network's own stay as they are)
+      "kernels": "shared",
+      "rank": 0,  # of adapters (LoRA) of each size, in attention and MLPs; 0: none
+      "embedding": True,  # a learned vector of the size is added to every token
+      "norm": True,  # tokens of these sizes pass two more LayerNorms
+      "align": "corner",  # where in its patch a token stands: corner | center
+    }
+    | fields
+  )
+
+
 def elit(window: tuple[int, ...], head: int, tail: int, **fields: Any) -> ConfigDict:
   """What `config.elit` is where the latent interface is used; fields: other knobs."""
   return ConfigDict(

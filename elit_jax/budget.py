@@ -71,6 +71,17 @@ class TimedBudget:
     return f"{self.budget} in [{low:g}, {high:g}]"
 
 
+def read_patch(text: str, sides: int) -> Grid:
+  """A patch size of a text such as p4 or p1x4x4; raises ConfigError."""
+  found = re.fullmatch(r"p(\d+(?:x\d+)*)", text)
+  patch = tuple(map(int, found[1].split("x"))) if found else ()
+  patch = patch * 2 if len(patch) == 1 and sides == 2 else patch
+  if len(patch) != sides or min(patch) < 1:
+    example = "p4" if sides == 2 else "p" + "x".join(["1"] + ["4"] * (sides - 1))
+    raise ConfigError(f"patch size {text!r} cannot be read: write it as {example}")
+  return patch
+
+
 def parse_budget(
   text: str | float,
   slots: int | None = None,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from elit_jax import ema, files, sharding
-from elit_jax.budget import Budget, Interval, TimedBudget
+from elit_jax.budget import Budget, Interval, TimedBudget, read_patch
 from elit_jax.data import shards, sources, stored
 from elit_jax.data import spread as spread_lib
 from elit_jax.errors import ConfigError, lookup, nearest
@@ -29,7 +29,7 @@ from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
 from elit_jax.flow.shift import scale_of
 from elit_jax.flow.times import time_sampler
-from elit_jax.models import elastic, legal, presets, spec, stages
+from elit_jax.models import elastic, legal, presets, sizes, spec, stages
 from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
 from elit_jax.sampling import grammar, search
@@ -64,6 +64,16 @@ class ElitConfig:
   mlp_ratio: float
   sees: str
   cross: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FlexiConfig:
+  patches: tuple[str, ...]
+  kernels: str
+  rank: int
+  embedding: bool
+  norm: bool
+  align: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +196,7 @@ class InspectConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Everything a run depends on; `elit` is None where the mechanism is not used."""
+  """Everything a run depends on; a mechanism that is not used is None."""
 
   seed: int
   mesh: tuple[int, ...]
@@ -207,6 +217,7 @@ class Config:
   inspect: InspectConfig
   prepare: PrepareConfig
   elit: ElitConfig | None = None
+  flexi: FlexiConfig | None = None
 
 
 def resolve(config: Mapping[str, Any]) -> Config:
@@ -305,6 +316,11 @@ def check(config: Config) -> None:
   model = build_model(config)
   if config.data.spread:
     spread_lib.check(config.data.shape, model.patch)
+    if model.sizes:
+      raise ConfigError(
+        f"config.data.spread {config.data.spread!r} spreads patches of one size, and "
+        "config.flexi has several: leave one of them out"
+      )
   stored.fields(sample_shape(config), config.data.vae, config.data.dtype)
   check_mesh(config.mesh, model)
   budget_weights(config, model)
@@ -461,10 +477,34 @@ def build_model(config: Config) -> spec.Model:
       read={"kind": e.read, "depth": e.read_depth, "mlp_ratio": e.mlp_ratio},
       write={"kind": e.write, "depth": e.write_depth, "mlp_ratio": e.mlp_ratio},
     )
+  if config.flexi:
+    model = _with_sizes(model, config.flexi)
   compute = spec.Compute(m.dtype, m.remat, m.attention, m.scan)
   model = dataclasses.replace(model, compute=compute)
   legal.validate(model, shape)
   return model
+
+
+# Whose kernels a size has, and where in its patch a token stands.
+KERNELS: Mapping[str, Mapping[str, Any]] = {"shared": {}, "own": {"kernel": ()}}
+ALIGNS: Mapping[str, Mapping[str, Any]] = {
+  "corner": {"center": False},
+  "center": {"center": True},
+}
+
+
+def _with_sizes(model: spec.Model, flexi: FlexiConfig) -> spec.Model:
+  """The model with the patch sizes of the config; raises ConfigError."""
+  patches = tuple(read_patch(text, len(model.patch)) for text in flexi.patches)
+  return sizes.flexi(
+    model,
+    patches,
+    rank=flexi.rank,
+    embedding=flexi.embedding,
+    norm=flexi.norm,
+    **lookup(KERNELS, flexi.kernels, "config.flexi.kernels"),
+    **lookup(ALIGNS, flexi.align, "config.flexi.align"),
+  )
 
 
 def budgets(config: Config, model: spec.Model) -> tuple[Budget, ...]:
@@ -709,6 +749,7 @@ MODEL_LEAVES = (
   "model.qk_norm",
   "model.positions",
   "elit",
+  "flexi",
   "flow.path",
   "data.shape",
   "data.spread",

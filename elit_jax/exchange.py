@@ -21,7 +21,7 @@ from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
 from elit_jax.data import pipeline
 from elit_jax.errors import ConfigError, lookup
-from elit_jax.models import denoiser, spec
+from elit_jax.models import denoiser, sizes, spec
 from elit_jax.models.spec import Model
 from elit_jax.ports import files as weight_files
 from elit_jax.ports import networks
@@ -73,7 +73,7 @@ def run_import(
   mesh = sharding.make_mesh(config.mesh)
   path = pathlib.Path(source).expanduser()
   notes: list[str] = []
-  if graft or path.is_dir():
+  if graft or path.is_dir() or model.sizes:
     params, projectors, notes = _read_part(config, model, mesh, path, graft)
   else:
     params, projectors = _read_whole(config, model, mesh, path)
@@ -95,7 +95,8 @@ def run_export(
 ) -> None:
   """`--mode=export`: the average `sample.ema` of the newest checkpoint as a new file.
 
-  Its names and layout are those of the authors, see `ports.networks`. ConfigError.
+  Its names and layout are those of the authors, see `ports.networks`. Of several patch
+  sizes it is the network at the first. ConfigError.
   """
   _alone("export")
   if not target:
@@ -105,10 +106,12 @@ def run_export(
   weight_files.check_new(path)
   config = sample.as_trained(workdir, config)
   model = config_lib.build_model(config)
-  port = networks.of(model)
+  plain = sizes.sized(model)
+  port = networks.of(plain)
   step, params = sample.load_ema(workdir, config, sharding.make_mesh(config.mesh))
   grid = spec.grid_of(model, config.data.shape)
-  tensors = port.to_tensors(model, grid, jax.tree.map(np.asarray, params))
+  arrays = jax.tree.map(np.asarray, sizes.laid(model, params))
+  tensors = port.to_tensors(plain, grid, arrays)
   if projectors := _kept_projectors(workdir, model):
     logging.info("%d tensors of projectors as they were imported", len(projectors))
     tensors |= {name: np.asarray(tensor) for name, tensor in projectors.items()}
@@ -208,9 +211,10 @@ def _read_part(
     surgery.check_width(source.model, model)
   except ConfigError as error:
     raise ConfigError(f"{path}: {error}") from None
-  fresh = jax.device_get(_fresh(model, jax.random.key(config.seed)))
-  params, notes = surgery.graft(
-    source.params, source.model, model, fresh, same_grid=source.grid == grid
+  key = jax.random.key(config.seed)
+  fresh = jax.device_get(_fresh(model, key))
+  params, notes = surgery.graft_sizes(
+    source.params, source.model, model, fresh, key, same_grid=source.grid == grid
   )
   vae = config.data.vae
   if source.vae not in (None, vae):
@@ -251,6 +255,7 @@ def _fresh(model: Model, key: jax.Array) -> Params:
 
 def _of_file(path: pathlib.Path, like: Model, config: Config) -> Source:
   """A file of a network of any size; ConfigError unless it is whole."""
+  like = sizes.sized(like)
   port = networks.of(like)
   tensors = weight_files.read(path)
   try:
@@ -286,6 +291,7 @@ def _kept_projectors(workdir: pathlib.Path, model: Model) -> Tensors:
   path = workdir / PROJECTORS
   if not path.exists():
     return {}
+  model = sizes.sized(model)
   port = networks.of(model)
   try:
     rest, projectors = _split(port, weight_files.read(path))

@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, tuple[str | EllipsisType | None, ...]], ...] = (
   (r"(label|prompt|position)/table$|patch/kernel$", (..., FSDP)),
   (r"(read|write)/(query|slot_position|latent_position)$", (..., FSDP)),
   (r"unembed/linear/kernel$", (FSDP, ...)),
-  (r"(bias|scale)$", (...,)),
+  (r"(bias|scale|lora_[ab])$", (...,)),  # adapters are small
 )
 SMALL = 2**14  # elements that every device may hold whole without a rule
 

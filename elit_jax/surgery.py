@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from elit_jax import trees
+from elit_jax.budget import patch_text
 from elit_jax.errors import ConfigError
+from elit_jax.models import sizes, spec
 from elit_jax.models.spec import Blocks, Grid, Model, Read, find, names, scales
 
 Params = dict[str, Any]
@@ -48,8 +50,22 @@ def restack(params: Params, source: Model, target: Model) -> Params:
         f"cannot restack block {number}, which is {theirs} there and {ours} here: a "
         "graft takes what fits"
       )
+  out = _restacked(params, old, new)
+  if "sizes" in params:  # of which some have adapters of the blocks
+    own = params["sizes"].items()
+    out["sizes"] = {name: _restacked(part, old, new) for name, part in own}
+  return out
+
+
+Spans = Sequence[tuple[str, int, int]]
+
+
+def _restacked(params: Params, old: Spans, new: Spans) -> Params:
+  """A tree with parts for all spans, or for none, with these cut otherwise."""
   named = {name for name, _, _ in old}
   rest = {name: part for name, part in params.items() if name not in named}
+  if len(rest) == len(params):
+    return rest
   layers = [(name, i) for name, _, count in old for i in range(count)]
   return rest | {
     name: _stack([_layer(params, *layers[first + i]) for i in range(count)])
@@ -163,6 +179,38 @@ def graft(
     if there != here:
       lines.append(f"{what}: {there} there, {here} here, which must be unlearned")
   return _stacked(out, target, fresh), lines
+
+
+def graft_sizes(
+  params: Params,
+  source: Model,
+  target: Model,
+  fresh: Params,
+  key: jax.Array,
+  *,
+  same_grid: bool = True,
+) -> tuple[Params, list[str]]:
+  """`graft` between networks of other patch sizes: what the source is at its first size
+  is what the target is at its own, and what other sizes have for themselves is fresh.
+
+  key: of adapters.
+  """
+  if source.sizes == target.sizes:
+    return graft(params, source, target, fresh, same_grid=same_grid)
+  plain, notes = graft(
+    _host(sizes.laid(source, params)),
+    sizes.sized(source),
+    sizes.sized(target),
+    _host(sizes.laid(target, fresh)),
+    same_grid=same_grid,
+  )
+  there, here = (" ".join(map(patch_text, spec.patches(m))) for m in (source, target))
+  notes.append(f"patch sizes: {there} there, {here} here, of which the first is kept")
+  return _host(sizes.grown(target, plain, key)), notes
+
+
+def _host(params: Params) -> Params:
+  return jax.tree.map(np.asarray, params)
 
 
 def check_width(source: Model, target: Model) -> None:

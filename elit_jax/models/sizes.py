@@ -72,11 +72,13 @@ def flexi(model: Model, patches: tuple[Grid, ...], **fields: Any) -> Model:
 
 def _check_kernel(kernel: Grid, patch: Grid, first: Grid) -> None:
   if len(kernel) != len(patch):
-    raise ConfigError(f"a kernel of {kernel} has not the {len(patch)} sides of a patch")
+    raise ConfigError(
+      f"kernels of {kernel} must have the {len(patch)} sides of a patch"
+    )
   if not resize.keeps(kernel, patch):
     raise ConfigError(
-      f"patch size {patch} loses information in kernels of {kernel}, which are smaller: "
-      "use larger ones"
+      f"patch size {patch} loses information in kernels of {kernel}, which are "
+      "smaller: use larger ones"
     )
   if not resize.keeps_constants(kernel, patch, first):
     raise ConfigError(
@@ -129,8 +131,8 @@ def _scaled(counts: Grid, old: Grid, new: Grid, what: str) -> Grid:
   pixels = [n * p for n, p in zip(counts, old, strict=True)]
   if any(n % p for n, p in zip(pixels, new, strict=True)):
     raise ConfigError(
-      f"{what} of {counts} patches of {old} is {tuple(pixels)} pixels, which patches of "
-      f"{new} do not divide"
+      f"{what} of {counts} patches of {old} is {tuple(pixels)} pixels, which patches "
+      f"of {new} do not divide"
     )
   return tuple(n // p for n, p in zip(pixels, new, strict=True))
 

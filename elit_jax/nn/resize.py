@@ -1,8 +1,8 @@
 """Kernels of patches at other sizes: bilinear resizing and its pseudo-inverse.
 
 FlexiViT's PI-resize as FlexiDiT (sec. 3.1) has it. All is fixed, float64, and made when
-a program is traced. A patch of sides p has prod(p) taps; matrices act on the taps of each
-channel alone.
+a program is traced. A patch of sides p has prod(p) taps; matrices act on the taps of
+each channel alone.
 """
 
 import functools
