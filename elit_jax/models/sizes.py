@@ -62,9 +62,7 @@ def flexi(model: Model, patches: tuple[Grid, ...], **fields: Any) -> Model:
       "needs kernels of its own: give none that are shared"
     )
   if sizes.rank < 0:
-    raise ConfigError(
-      f"adapters have a rank of at least 1, or 0 for none: {sizes.rank}"
-    )
+    raise ConfigError(f"adapters have a rank of 1 or above, or 0: not {sizes.rank}")
   for patch in all_sizes if sizes.kernel else ():
     _check_kernel(sizes.kernel, patch, model.patch)
   return dataclasses.replace(model, sizes=sizes)
