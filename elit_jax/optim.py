@@ -66,19 +66,19 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
 # --- parts ----------------------------------------------------------------------------
 
 
-def check_only(only: str, params: Mapping[str, Any]) -> None:
-  """ConfigError unless the pattern `optim.only` finds some of the parameters."""
+def check_only(
+  only: str, params: Mapping[str, Any], name: str = "config.optim.only"
+) -> None:
+  """ConfigError unless a pattern, of this name, finds some of the parameters."""
   try:
     re.compile(only)
   except re.error as error:
-    raise ConfigError(
-      f"config.optim.only {only!r} is no regular expression: {error}"
-    ) from None
+    raise ConfigError(f"{name} {only!r} is no regular expression: {error}") from None
   if not trees.split(params, only)[0]:
     known = sorted(
       {"/".join(path.split("/")[:-1][:2]) for path in trees.by_path(params)}
     )
     raise ConfigError(
-      f"config.optim.only {only!r} finds no parameter, so that nothing would be "
-      f"trained: they begin with {trees.shortened(known, ', ')}"
+      f"{name} {only!r} finds no parameter: their paths begin with "
+      f"{trees.shortened(known, ', ')}"
     )
