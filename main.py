@@ -72,6 +72,12 @@ TARGET = flags.DEFINE_string(
 EVALUATE = flags.DEFINE_bool(
   "evaluate", False, "plan: measure the quality of plans on the frontier."
 )
+ONLY = flags.DEFINE_string(
+  "only", "", "export: a pattern of paths, of the parameters to write alone."
+)
+ADAPTERS = flags.DEFINE_string(
+  "adapters", None, "import: a file of --mode=export --only, laid over the source."
+)
 DTYPE = flags.DEFINE_string("dtype", "float32", "export: float32, float16 or bfloat16.")
 
 # The flags that only some modes read, and these modes.
@@ -83,6 +89,8 @@ MODES_OF = {
   "graft": ("import",),
   "target": ("export", "statistics"),
   "dtype": ("export",),
+  "only": ("export",),
+  "adapters": ("import",),
   "evaluate": ("plan",),
 }
 
@@ -214,10 +222,13 @@ def _run(config: config_lib.Config, workdir: pathlib.Path) -> None:
     ),
     "prepare": prepare.run,
     "import": functools.partial(
-      exchange.run_import, source=SOURCE.value, graft=GRAFT.value
+      exchange.run_import,
+      source=SOURCE.value,
+      graft=GRAFT.value,
+      adapters=ADAPTERS.value,
     ),
     "export": functools.partial(
-      exchange.run_export, target=TARGET.value, dtype=DTYPE.value
+      exchange.run_export, target=TARGET.value, dtype=DTYPE.value, only=ONLY.value
     ),
   }
   own = MODE.value in OWN_LOCK and workdir.is_dir()

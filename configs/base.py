@@ -59,6 +59,9 @@ def get_config() -> ConfigDict:
         # resolution (Qwen-Image's, by the number of tokens).
         "shift": "1",
         "label_dropout": 0.1,  # share of labels replaced by the null label
+        # mse | l2norm (FlexiDiT's, not squared): the distance to what the network
+        # predicts at its first patch size is all that the others learn from; "": data.
+        "distill": "",
       },
       "train": {
         "steps": 100,
@@ -83,6 +86,9 @@ def get_config() -> ConfigDict:
         # Averages of weights, saved side by side: "0.9999" (decay a step), "power 0.05"
         # (EDM2's power function, of this width relative to the run).
         "ema": ("0.9999",),
+        # What is trained: a regular expression found in the paths of parameters, such
+        # as "^sizes/" (what other patch sizes have for themselves); "": all of them.
+        "only": "",
       },
       "checkpoint": {
         "every": 50,  # steps

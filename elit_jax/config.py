@@ -17,19 +17,27 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from elit_jax import ema, files, sharding
-from elit_jax.budget import Budget, Interval, TimedBudget, read_patch
+from elit_jax import ema, files, optim, sharding
+from elit_jax.budget import Budget, Interval, TimedBudget, patch_text, read_patch
 from elit_jax.data import shards, sources, stored
 from elit_jax.data import spread as spread_lib
 from elit_jax.errors import ConfigError, lookup, nearest
 from elit_jax.eval import features, metrics
-from elit_jax.flow import intervals
+from elit_jax.flow import distill, intervals
 from elit_jax.flow.matching import FlowMatching, Null
 from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
 from elit_jax.flow.shift import scale_of
 from elit_jax.flow.times import time_sampler
-from elit_jax.models import elastic, legal, presets, sizes, spec, stages
+from elit_jax.models import (
+  denoiser,
+  elastic,
+  legal,
+  presets,
+  sizes,
+  spec,
+  stages,
+)
 from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
 from elit_jax.sampling import grammar, search
@@ -108,6 +116,7 @@ class FlowConfig:
   time: str
   shift: str
   label_dropout: float
+  distill: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,6 +332,10 @@ def check(config: Config) -> None:
       )
   stored.fields(sample_shape(config), config.data.vae, config.data.dtype)
   check_mesh(config.mesh, model)
+  if config.optim.only:
+    optim.check_only(config.optim.only, denoiser.abstract_params(model))
+  if config.flow.distill:
+    check_distillation(config, model)
   budget_weights(config, model)
   planned = plans(config, model)
   sampled_classes(config)
@@ -333,6 +346,25 @@ def check(config: Config) -> None:
       check_steps(sum(phase.steps for phase in found), config, model)
   check_evaluation(config, model)
   check_planning(config, model)
+
+
+def check_distillation(config: Config, model: spec.Model) -> None:
+  """Raises ConfigError unless there is a first patch size to learn from at others."""
+  distill.distance(config.flow.distill)
+  if model.sizes is None:
+    raise ConfigError(
+      f"config.flow.distill {config.flow.distill!r} teaches other patch sizes what the "
+      "first one predicts, and this model has one: give it others with config.flexi"
+    )
+  for text, budget in zip(
+    budget_texts(config, model), budgets(config, model), strict=True
+  ):
+    if budget.patch in (None, model.patch):
+      others = ", ".join(map(patch_text, model.sizes.patches))
+      raise ConfigError(
+        f"config.flow.distill {config.flow.distill!r} would teach the first patch size "
+        f"to itself at budget {text!r} of config.budgets: train at others, {others}"
+      )
 
 
 def check_evaluation(config: Config, model: spec.Model) -> None:
@@ -762,11 +794,13 @@ ABSENT: Mapping[str, Any] = {
   "model.positions": "",
   "inspect.count": 64,
   "inspect.levels": 8,
+  "flow.distill": "",
   "flow.shift": "1",
   "sample.plan": "",
   "sample.shift": "1",
   "sample.reuse": 0.0,
   "guidance.way": "auto",
+  "optim.only": "",
   "plan.target": "",
   "plan.steps": (),
   "plan.segments": 2,

@@ -234,23 +234,21 @@ def _rebuild(
       "that is a poor fit, for want of checkpoints: train with a smaller "
       "config.checkpoint.keep_every, or choose a width between those stored"
     )
-  total = None
-  for (step, power), weight in zip(kept, weights.astype(np.float32), strict=True):
+  # A mean of those so far, of which what does not move is exactly itself. The largest
+  # weight comes first and negative ones last, so that the sum so far is never small.
+  mean, so_far = None, 0.0
+  ranked = sorted(zip(kept, weights, strict=True), key=lambda pair: -pair[1])
+  for (step, power), weight in ranked:
     logging.info("%+.4f of %s at step %d", weight, power, step)
+    so_far += weight
     # The part has no name: what is done with is gone before the next one is read.
     read = functools.partial(checkpoints.restore_item, f"ema/{power}", target, step)
-    total = (
-      _scaled(read()[1], weight) if total is None else _add(total, read()[1], weight)
-    )
-  return newest, total
+    share = np.float32(weight / so_far)
+    mean = read()[1] if mean is None else _moved(mean, read()[1], share)
+  return newest, mean
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _scaled(tree: Tree, weight: jax.Array) -> Tree:
-  return jax.tree.map(lambda leaf: weight * leaf, tree)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _add(total: Tree, tree: Tree, weight: jax.Array) -> Tree:
-  """total + weight tree; no more than the two are in memory."""
-  return jax.tree.map(lambda a, b: a + weight * b, total, tree)
+def _moved(mean: Tree, tree: Tree, share: jax.Array) -> Tree:
+  """From a mean a share of the way to a tree; no more than the two are in memory."""
+  return jax.tree.map(lambda a, b: a + share * (b - a), mean, tree)

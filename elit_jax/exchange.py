@@ -16,7 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from elit_jax import config as config_lib
-from elit_jax import files, sample, sharding, surgery, train, trees
+from elit_jax import files, optim, parts, sample, sharding, surgery, train, trees
 from elit_jax.checkpoint import Checkpointer
 from elit_jax.config import Config
 from elit_jax.data import pipeline
@@ -56,12 +56,17 @@ class Source:
 
 
 def run_import(
-  config: Config, workdir: pathlib.Path, source: str | None, graft: bool = False
+  config: Config,
+  workdir: pathlib.Path,
+  source: str | None,
+  graft: bool = False,
+  adapters: str | None = None,
 ) -> None:
   """`--mode=import`: a workdir whose step 0 has the weights of `source`.
 
   That is a file, all of which must fit, or with `graft` a file or a workdir of which
-  what fits is taken. ConfigError, before anything is written, for all that is wrong.
+  what fits is taken. `adapters`: a file of parts (see `parts`) that is laid over it.
+  ConfigError, before anything is written, for all that is wrong.
   """
   _alone("import")
   if not source:
@@ -73,10 +78,15 @@ def run_import(
   mesh = sharding.make_mesh(config.mesh)
   path = pathlib.Path(source).expanduser()
   notes: list[str] = []
+  over = pathlib.Path(adapters).expanduser() if adapters else None
+  part = parts.read(over, denoiser.abstract_params(model)) if over else None
   if graft or path.is_dir() or model.sizes:
     params, projectors, notes = _read_part(config, model, mesh, path, graft)
   else:
     params, projectors = _read_whole(config, model, mesh, path)
+  if over and part:
+    at = sharding.shardings(sharding.place(mesh, denoiser.abstract_params(model)))
+    params = jax.device_put(parts.laid(over, *part, jax.device_get(params)), at)
   files.make_folder(workdir)
   with files.only_writer(workdir):
     check_unused(workdir)
@@ -85,18 +95,24 @@ def run_import(
       weight_files.write(workdir / PROJECTORS, projectors)
     _save(config, mesh, workdir, params)
     report = {"source": source, "graft": graft, "not_as_in_the_source": notes}
+    report |= {"adapters": adapters} if adapters else {}
     files.write_json(workdir / "imported.json", report)
     files.write_json(workdir / "config.json", config_lib.to_json(config))
   logging.info("imported %s | step 0 of %s", path, workdir)
 
 
 def run_export(
-  config: Config, workdir: pathlib.Path, target: str | None, dtype: str = "float32"
+  config: Config,
+  workdir: pathlib.Path,
+  target: str | None,
+  dtype: str = "float32",
+  only: str = "",
 ) -> None:
   """`--mode=export`: the average `sample.ema` of the newest checkpoint as a new file.
 
   Its names and layout are those of the authors, see `ports.networks`. Of several patch
-  sizes it is the network at the first. ConfigError.
+  sizes it is the network at the first. With `only`, a pattern of paths, it is those
+  parameters under our own names, for an import's `adapters`. ConfigError.
   """
   _alone("export")
   if not target:
@@ -106,18 +122,33 @@ def run_export(
   weight_files.check_new(path)
   config = sample.as_trained(workdir, config)
   model = config_lib.build_model(config)
-  plain = sizes.sized(model)
-  port = networks.of(plain)
+  about: dict[str, str] = {}
+  if only:
+    parts.check_target(path)
+    optim.check_only(only, denoiser.abstract_params(model), "--only")
+  else:
+    networks.of(sizes.sized(model))
   step, params = sample.load_ema(workdir, config, sharding.make_mesh(config.mesh))
-  grid = spec.grid_of(model, config.data.shape)
+  if only:
+    tensors, about = parts.taken(jax.device_get(params), only)
+  else:
+    tensors = _tensors_of_others(config, workdir, model, params)
+  weight_files.write(path, rounded(tensors, kind), about)
+  average = config.sample.ema
+  logging.info("exported average %s of step %d | %s, %s", average, step, path, dtype)
+
+
+def _tensors_of_others(
+  config: Config, workdir: pathlib.Path, model: Model, params: Params
+) -> Tensors:
+  """The network at its first size, by the names and in the layout of its authors."""
+  plain, grid = sizes.sized(model), spec.grid_of(model, config.data.shape)
   arrays = jax.tree.map(np.asarray, sizes.laid(model, params))
-  tensors = port.to_tensors(plain, grid, arrays)
+  tensors = networks.of(plain).to_tensors(plain, grid, arrays)
   if projectors := _kept_projectors(workdir, model):
     logging.info("%d tensors of projectors as they were imported", len(projectors))
     tensors |= {name: np.asarray(tensor) for name, tensor in projectors.items()}
-  weight_files.write(path, rounded(tensors, kind))
-  average = config.sample.ema
-  logging.info("exported average %s of step %d | %s, %s", average, step, path, dtype)
+  return tensors
 
 
 def rounded(tensors: Mapping[str, np.ndarray], dtype: Any) -> dict[str, np.ndarray]:

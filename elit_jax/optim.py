@@ -1,5 +1,7 @@
 """The optimiser: AdamW, warm-up and global-norm clipping."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from elit_jax import trees
+from elit_jax.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class OptimConfig:
   """AdamW as in DiT and ELIT.
 
   clip: largest global norm of the gradient (inf: off). warmup: steps. ema: the averages
-  of weights, see `elit_jax.ema`.
+  of weights, see `elit_jax.ema`. only: a pattern of the paths of what is trained, found
+  anywhere in them; "": all. Everything else has neither gradient nor moments.
   """
 
   lr: float
@@ -24,6 +30,7 @@ class OptimConfig:
   clip: float
   warmup: int
   ema: tuple[str, ...]
+  only: str
 
 
 def learning_rate(config: OptimConfig, count: Any) -> Any:
@@ -54,3 +61,24 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
       return adam.update(grads, state, params)
 
   return optax.GradientTransformation(adam.init, update)
+
+
+# --- parts ----------------------------------------------------------------------------
+
+
+def check_only(
+  only: str, params: Mapping[str, Any], name: str = "config.optim.only"
+) -> None:
+  """ConfigError unless a pattern, of this name, finds some of the parameters."""
+  try:
+    re.compile(only)
+  except re.error as error:
+    raise ConfigError(f"{name} {only!r} is no regular expression: {error}") from None
+  if not trees.split(params, only)[0]:
+    known = sorted(
+      {"/".join(path.split("/")[:-1][:2]) for path in trees.by_path(params)}
+    )
+    raise ConfigError(
+      f"{name} {only!r} finds no parameter: their paths begin with "
+      f"{trees.shortened(known, ', ')}"
+    )

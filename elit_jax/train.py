@@ -24,6 +24,7 @@ from elit_jax import (
   preemption,
   sample,
   sharding,
+  trees,
 )
 from elit_jax.budget import Budget, Interval, TimedBudget, draw_budget
 from elit_jax.checkpoint import Checkpointer
@@ -32,7 +33,8 @@ from elit_jax.data.pipeline import Loader
 from elit_jax.data.sources import Source, make_source
 from elit_jax.data.stored import unpack
 from elit_jax.errors import ConfigError
-from elit_jax.flow.matching import Network
+from elit_jax.flow import distill
+from elit_jax.flow.matching import FlowMatching, Network
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 
@@ -143,6 +145,7 @@ def hold(
   ):
     sample.check_same_model(workdir, config)
     check_same_averages(workdir, config)
+    check_same_parts(workdir, config)
     yield checkpoints, loader
 
 
@@ -154,6 +157,18 @@ def check_same_averages(workdir: pathlib.Path, config: Config) -> None:
       f"config.optim.ema is {config.optim.ema}, and the run in {workdir} keeps "
       f"{tuple(old)}: an average cannot begin in the middle of a run, so go on with "
       "these, or start in another workdir"
+    )
+
+
+def check_same_parts(workdir: pathlib.Path, config: Config) -> None:
+  """Raises ConfigError if the workdir's run trains other parts of its parameters."""
+  saved = sample.trained_config(workdir)
+  old = files.flatten(config_lib.completed(saved))["optim.only"] if saved else None
+  if old is not None and old != config.optim.only:
+    raise ConfigError(
+      f"config.optim.only is {config.optim.only!r}, and the run in {workdir} has "
+      f"{old!r}: its moments are of what that trains alone, so go on with it, or begin "
+      "another workdir with its weights by --mode=import"
     )
 
 
@@ -236,12 +251,17 @@ def first_state(config: Config, params: Any) -> State:
   return {
     "params": params,
     "ema": ema.init(config.optim.ema, params),
-    "opt": optim.optimizer(config.optim).init(params),
+    "opt": optim.optimizer(config.optim).init(trained(config, params)[0]),
     "step": jnp.int32(0),
     # Steps with a non-finite gradient: in all, and in a row up to now.
     "bad_steps": jnp.int32(0),
     "bad_run": jnp.int32(0),
   }
+
+
+def trained(config: Config, params: Any) -> tuple[Any, Any]:
+  """Parameters, or their average: what `optim.only` trains, and what stays as it is."""
+  return trees.split(params, config.optim.only)
 
 
 def abstract_state(config: Config, model: spec.Model, mesh: Mesh) -> State:
@@ -288,14 +308,16 @@ def train_step(
   null = functools.partial(denoiser.null_labels, model)
   objective = config_lib.objective(config, model, null, interval)
   key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+  moving, still = trained(config, state["params"])
 
-  def loss_fn(params: Any, micro: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+  def loss_fn(moving: Any, micro: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
+    params = trees.joined(still, moving)
     network = learner(config, model, params, budget)
-    return objective(network, key, examples(config, model, key, micro))
+    goal = distilled(config, model, params, objective)
+    return goal(network, key, examples(config, model, key, micro))
 
-  grads, metrics = accumulate(
-    loss_fn, state["params"], batch, config.train.accumulation
-  )
+  # Of what moves alone: nothing else has a gradient, in memory or in time.
+  grads, metrics = accumulate(loss_fn, moving, batch, config.train.accumulation)
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm)
   good = state["step"] - state["bad_steps"] + 1  # updates, this one included
@@ -303,7 +325,7 @@ def train_step(
   # A branch, and no choice array by array: that would keep old and new in memory.
   learnt = jax.lax.cond(
     finite,
-    functools.partial(apply_gradient, config.optim),
+    functools.partial(apply_gradient, config),
     lambda learnt, grads, count: learnt,
     learnt,
     grads,
@@ -321,6 +343,18 @@ def train_step(
     "bad_run": counters["bad_run"],
   }
   return learnt | counters, metrics
+
+
+def distilled(
+  config: Config, model: spec.Model, params: Any, objective: FlowMatching
+) -> FlowMatching:
+  """The objective, with the network at its first size as the teacher if so asked."""
+  name = config.flow.distill
+  if not name:
+    return objective
+  # Stopped here, too, so that nothing of the teacher is kept for a backward pass.
+  teacher = learner(config, model, jax.lax.stop_gradient(params), Budget())
+  return distill.distilled(objective, name, teacher)
 
 
 def learner(config: Config, model: spec.Model, params: Any, budget: Budget) -> Network:
@@ -343,13 +377,20 @@ def examples(
 
 
 def apply_gradient(
-  config: optim.OptimConfig, learnt: State, grads: Any, count: jax.Array
+  config: Config, learnt: State, grads: Any, count: jax.Array
 ) -> State:
-  """Parameters, moments and averages after update number `count` (1, 2, ...)."""
-  updates, opt = optim.optimizer(config).update(grads, learnt["opt"], learnt["params"])
-  params = optax.apply_updates(learnt["params"], updates)
-  averages = ema.update(learnt["ema"], params, count)
-  return {"params": params, "ema": averages, "opt": opt}
+  """Parameters, moments and averages after update number `count` (1, 2, ...).
+
+  What is not trained comes back bit by bit, in the averages too.
+  """
+  params, still = trained(config, learnt["params"])
+  halves = {name: trained(config, tree) for name, tree in learnt["ema"].items()}
+  optimizer = optim.optimizer(config.optim)
+  updates, opt = optimizer.update(grads, learnt["opt"], params)
+  params = optax.apply_updates(params, updates)
+  moved = ema.update({name: half for name, (half, _) in halves.items()}, params, count)
+  averages = {name: trees.joined(halves[name][1], moved[name]) for name in moved}
+  return {"params": trees.joined(still, params), "ema": averages, "opt": opt}
 
 
 def accumulate(

@@ -1,7 +1,8 @@
 """Leaves of nested parameters by their path."""
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,32 @@ def by_path(tree: Any) -> dict[str, Any]:
   """The leaves of a tree by the name of their path."""
   flat, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {path_name(path): leaf for path, leaf in flat}
+
+
+def split(
+  tree: Mapping[str, Any], pattern: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The leaves of nested dicts whose path a pattern finds, and the others.
+
+  Neither holds a dict without leaves. `joined` puts them together again.
+  """
+  found: dict[str, Any] = {}
+  others: dict[str, Any] = {}
+  for path, leaf in by_path(tree).items():
+    *parts, last = path.split("/")
+    node = found if re.search(pattern, path) else others
+    for part in parts:
+      node = node.setdefault(part, {})
+    node[last] = leaf
+  return found, others
+
+
+def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+  """Nested dicts as one, with the leaves of both; no leaf may be in both."""
+  out = dict(one)
+  for name, part in other.items():
+    out[name] = joined(out[name], part) if name in out else part
+  return out
 
 
 def grouped(names: Iterable[str]) -> list[str]:

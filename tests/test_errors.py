@@ -133,6 +133,19 @@ CASES = {
   "steps to trace": Case(
     describe(BASE, "profile.steps=100"), ("profile.steps is '100'", "FIRST:LAST")
   ),
+  # Training of parts, and distillation.
+  "nothing to train": Case(
+    describe(BASE, "optim.only=^sizes/"), ("'^sizes/' finds no parameter", "blocks_00/")
+  ),
+  "no expression": Case(describe(BASE, "optim.only=("), ("optim.only '('", "regular")),
+  "other parts of a run": Case(
+    (BASE, TRAIN, "--workdir={tmp}/undropped", "--config.optim.only=^blocks_00/"),
+    ("optim.only is '^blocks_00/'", "has ''", "--mode=import"),
+  ),
+  "unknown distance": Case(describe(BASE, "flow.distill=l2"), ("'l2'", "'l2norm'")),
+  "distilled from nothing": Case(
+    describe(BASE, "flow.distill=mse"), ("flow.distill 'mse'", "config.flexi")
+  ),
   # Averages of weights.
   "no averages": Case(describe(BASE, "optim.ema=()"), ("ema is empty", "0.9999")),
   "an average twice": Case(

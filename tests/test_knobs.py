@@ -43,7 +43,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 117
+MOST_LEAVES = 119
 
 
 class Knob(NamedTuple):
@@ -56,6 +56,7 @@ class Knob(NamedTuple):
 
 PART = base.elit((2, 2), 1, 1).to_dict()
 ELIT = {"elit": PART, "budgets": ("k4", "k1")}
+FLEXI = {"flexi": base.flexi(("p4",)).to_dict(), "budgets": ("p4",)}
 GUIDED = {"guidance.scale": 2.0}
 
 AVERAGES = {"optim.ema": ("0.9999", "0.99"), "train.preview_every": 50}
@@ -102,6 +103,7 @@ KNOBS = {
   "flow.time": Knob("uniform", "step"),
   "flow.shift": Knob("resolution", "step"),
   "flow.label_dropout": Knob(0.2, "step"),
+  "flow.distill": Knob("mse", "step", FLEXI),
   "train.steps": Knob(90, "training"),
   "train.batch_size": Knob(64, "step data"),
   "train.accumulation": Knob(2, "step"),
@@ -118,6 +120,7 @@ KNOBS = {
   "optim.clip": Knob(0.5, "step"),
   "optim.warmup": Knob(30, "step training"),
   "optim.ema": Knob(("0.99",), "step sampling"),
+  "optim.only": Knob("^blocks_00/", "step init"),
   "checkpoint.every": Knob(25, "training"),
   "checkpoint.keep": Knob(1, "training"),
   "checkpoint.keep_every": Knob(50, "training", {"checkpoint.keep": 1}),

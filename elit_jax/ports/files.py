@@ -12,6 +12,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -65,10 +66,27 @@ def read(path: str | pathlib.Path) -> Tensors:
   return _unwrapped(path, reader(path))
 
 
-def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+def metadata(path: str | pathlib.Path) -> dict[str, str]:
+  """What a .safetensors says besides its tensors; nothing where it cannot say any."""
+  path = pathlib.Path(path)
+  if path.suffix != ".safetensors":
+    return {}
+  try:
+    with safe_open(path, framework="np") as file:
+      return dict(file.metadata() or {})
+  except (SafetensorError, OSError) as error:
+    raise _damaged(path, error) from None
+
+
+def write(
+  path: str | pathlib.Path,
+  tensors: Mapping[str, np.ndarray],
+  about: Mapping[str, str] = MappingProxyType({}),
+) -> None:
   """Writes a new file, whole or not at all; ConfigError if that cannot be.
 
-  A .pt holds them under `ema`, where all loaders of the DiT family look first.
+  A .pt holds them under `ema`, where all loaders of the DiT family look first. about:
+  what `metadata` gives back, of a .safetensors alone.
   """
   path = pathlib.Path(path)
   check_new(path)
@@ -77,7 +95,7 @@ def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
   contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
   try:
     with files.atomic(path) as partial:
-      writer(partial, contiguous)
+      writer(partial, contiguous, about)
   except (OSError, RuntimeError, SafetensorError) as error:
     raise ConfigError(f"cannot write {path}: {_line(error)}") from None
 
@@ -141,9 +159,7 @@ def _read_safetensors(path: pathlib.Path) -> Tensors:
       (size,) = struct.unpack("<Q", file.read(8))
       header = json.loads(file.read(size))
   except (SafetensorError, OSError, ValueError, struct.error) as error:
-    raise ConfigError(
-      f"{path} is cut short or damaged: {_line(error)}; fetch it again"
-    ) from None
+    raise _damaged(path, error) from None
   header.pop("__metadata__", None)
   if unknown := sorted({row["dtype"] for row in header.values()} - set(DTYPES)):
     raise ConfigError(
@@ -155,15 +171,21 @@ def _read_safetensors(path: pathlib.Path) -> Tensors:
   return {name: _view(data, row) for name, row in header.items()}
 
 
+def _damaged(path: pathlib.Path, error: BaseException) -> ConfigError:
+  return ConfigError(f"{path} is cut short or damaged: {_line(error)}; fetch it again")
+
+
 def _view(data: np.ndarray, row: Mapping[str, Any]) -> np.ndarray:
   first, last = row["data_offsets"]
   return np.asarray(data[first:last]).view(DTYPES[row["dtype"]]).reshape(row["shape"])
 
 
-def _write_safetensors(path: pathlib.Path, tensors: Tensors) -> None:
+def _write_safetensors(
+  path: pathlib.Path, tensors: Tensors, about: Mapping[str, str]
+) -> None:
   path.touch()
   mode = path.stat().st_mode
-  save_file(tensors, path, metadata={"format": "pt"})
+  save_file(tensors, path, metadata={"format": "pt", **about})
   path.chmod(mode)  # the library's files are for their owner alone
 
 
@@ -269,7 +291,9 @@ def _to_numpy(path: pathlib.Path, name: Any, tensor: Any) -> np.ndarray:
     ) from None
 
 
-def _write_torch(path: pathlib.Path, tensors: Tensors) -> None:
+def _write_torch(
+  path: pathlib.Path, tensors: Tensors, about: Mapping[str, str]
+) -> None:
   torch = _torch()
 
   def convert(array: np.ndarray) -> Any:

@@ -127,6 +127,7 @@ def optim_config(setting: Mapping[str, Any]) -> optim.OptimConfig:
     clip=setting["max_grad_norm"],
     warmup=setting["warmup_steps"],
     ema=(str(setting["ema_decay"]),),
+    only="",
   )
 
 
