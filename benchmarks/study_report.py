@@ -138,7 +138,7 @@ def plot(found: Mapping[str, Any], path: pathlib.Path) -> None:
   a line a variant; and of every variant and budget what came out. Errors: over seeds.
   """
   metric = next((m for m in ("fid", "is") if m in found["table"][0]), None)
-  curved = [m for m in (metric,) if any(len(run["curve"]) > 1 for run in found["runs"])]
+  curved = [metric] if metric and has_curve(found["runs"], metric) else []
   places = [("loss", "steps"), ("loss", "TFLOPs"), ("loss", "")]
   places += [(name, cost) for name in curved for cost in ("steps", "TFLOPs")]
   places += [(metric, "")] if metric else []
@@ -210,6 +210,11 @@ def quality(run: Mapping[str, Any], metric: str) -> list[tuple[float, float]]:
     for row in run["curve"]
     if row["budget"] == largest and metric in row["figures"]
   ]
+
+
+def has_curve(runs: Sequence[Mapping[str, Any]], metric: str) -> bool:
+  """Whether a metric was measured more than once as training went."""
+  return any(len(quality(run, metric)) > 1 for run in runs)
 
 
 def _line(

@@ -302,6 +302,10 @@ def test_a_study_does_what_is_missing_and_tells_all(tmp_path, started, capsys):
   mb = next(run for run in found["runs"] if run["variant"] == "elit-mb")
   assert mb["training_loss"][0] == [1, 2.0]  # of the largest budget
   assert study_report.quality(mb, "fid") == [(2, 30.0), (6, 10.0)]
+  assert study_report.has_curve([mb], "fid")
+  # Several budgets at one step are no curve.
+  last = [row for row in mb["curve"] if row["step"] == 6]
+  assert not study_report.has_curve([mb | {"curve": last}], "fid")
 
 
 def test_a_workdir_of_other_settings_is_refused(tmp_path, started):
