@@ -163,6 +163,8 @@ def get_config() -> ConfigDict:
         "sweep_steps": (),
         "sweep_scales": (),
         "sweep_reuse": (),  # thresholds of TeaCache
+        # Shares of the steps, from noise on, at a smaller budget before a larger one.
+        "sweep_weak": (),
         "sweep_seeds": 0,  # seeds of schedules over noise levels; 0: no such rows
       },
       # Of --mode=inspect: what Read attends to, and what its latents are worth.

@@ -194,6 +194,7 @@ class EvalConfig:
   sweep_steps: tuple[int, ...]
   sweep_scales: tuple[float, ...]
   sweep_reuse: tuple[float, ...]
+  sweep_weak: tuple[float, ...]
   sweep_seeds: int
 
 
@@ -410,6 +411,11 @@ def check_sweep(config: Config, model: spec.Model) -> None:
     if not 0 <= threshold < math.inf:
       raise ConfigError(
         f"config.eval.sweep_reuse has {threshold}: want at least 0, and finite"
+      )
+  for share in e.sweep_weak:
+    if not 0 < share < 1:
+      raise ConfigError(
+        f"config.eval.sweep_weak has {share}: a share of the steps lies between 0 and 1"
       )
 
 
@@ -806,6 +812,7 @@ ABSENT: Mapping[str, Any] = {
   "plan.segments": 2,
   "plan.reuse": (),
   "eval.sweep_reuse": (),
+  "eval.sweep_weak": (),
   "eval.sweep_seeds": 0,
 }
 

@@ -25,7 +25,7 @@ from elit_jax.flow.process import process
 from elit_jax.logs import Progress
 from elit_jax.measure import Instruments
 from elit_jax.models import denoiser, flops, spec
-from elit_jax.rows import Row
+from elit_jax.rows import Row, knobs
 from elit_jax.sampling import caching, grammar, schedule
 from elit_jax.sampling.cost import PhaseCost, phase_costs
 from elit_jax.sampling.plan import Plan
@@ -276,6 +276,7 @@ def figures(
     "steps": row.steps,
     "guidance_scale": row.guidance.scale if row.guidance else 1.0,
     "reuse_threshold": row.threshold,
+    "knobs": ", ".join(knobs(config, model, row.plan)),
     "seed": config.eval.seed if row.seed is None else row.seed,
     "latents_per_group": over_steps(row.plan, lambda b: spec.kept(read, b))
     if isinstance(read, spec.Read)

@@ -25,7 +25,8 @@ class Row:
   """One way of sampling.
 
   kind: plain, cfg, ccfg or autog; reuse, of an unguided plan that reuses evaluations;
-  schedule, of a sweep's budgets by noise level; plan, of any other with several phases.
+  schedule, of a sweep's budgets by noise level; weak, of a sweep's plans that begin at
+  a smaller budget; plan, of any other with several phases.
   seed: of noise and random labels; None is `eval.seed`.
   """
 
@@ -210,6 +211,41 @@ def schedule_rows(config: Config, model: spec.Model) -> list[Row]:
   ]
 
 
+def weak_rows(config: Config, model: spec.Model) -> list[Row]:
+  """A smaller budget in each share of `eval.sweep_weak` of the steps, from noise on,
+  and then a larger one (FlexiDiT, sec. 3.3): all pairs of which no knob opens less.
+  """
+  found, steps = by_price(config, model), config.sample.steps
+  pairs = [
+    (weak, strong)
+    for strong, weak in itertools.combinations(found, 2)
+    if not weak.exceeds(strong)
+  ]
+  counts = sorted({round(share * steps) for share in config.eval.sweep_weak})
+  plans: list[Plan] = [
+    (Phase(count, weak), Phase(steps - count, strong))
+    for weak, strong in pairs
+    for count in counts
+    if 0 < count < steps
+  ]
+  return [Row(grammar.written(p), "weak", p, config.eval.count) for p in plans]
+
+
+def knobs(config: Config, model: spec.Model, plan: Plan) -> tuple[str, ...]:
+  """Which knobs a plan turns down, of those of the training budgets."""
+  most = by_price(config, model)[0].openness
+  return tuple(
+    name
+    for name, full, *own in zip(
+      ("latents", "patch"),
+      most,
+      *(phase.budget.openness for phase in plan),
+      strict=True,
+    )
+    if min(own) < full
+  )
+
+
 def noisy_steps(config: Config, model: spec.Model) -> int:
   """How many steps of a run begin in the upper half of the noise levels, t > 1/2."""
   way = process(config.flow.path)
@@ -219,10 +255,10 @@ def noisy_steps(config: Config, model: spec.Model) -> int:
 
 def sweep_rows(config: Config, model: spec.Model) -> list[Row]:
   """Of a sweep: every budget at every number of steps, guidance at every scale, reuse
-  at every threshold, and schedules over noise levels.
+  at every threshold, schedules over noise levels, and a smaller budget first.
 
-  Without metrics a row has no more samples than are shown, and there are no schedules,
-  of which only the quality is of interest.
+  Without metrics a row has no more samples than are shown, and there are no plans of
+  several budgets, of which only the quality is of interest.
   """
   e = config.eval
   steps = sorted({config.sample.steps, *e.sweep_steps}, reverse=True)
@@ -232,6 +268,7 @@ def sweep_rows(config: Config, model: spec.Model) -> list[Row]:
     *(row for scale in scales for row in guided_rows(config, model, scale)),
     *reuse_rows(config, model),
     *(schedule_rows(config, model) if e.metrics else []),
+    *(weak_rows(config, model) if e.metrics else []),
   ]
   if not e.metrics:
     few = shown_samples(config)

@@ -24,7 +24,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from configs import base, digits, elit_sit
+from configs import base, digits, elit_sit, flexi_digits
 from elit_jax import (
   calibration,
   evaluate,
@@ -43,7 +43,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 119
+MOST_LEAVES = 126
 
 
 class Knob(NamedTuple):
@@ -57,6 +57,7 @@ class Knob(NamedTuple):
 PART = base.elit((2, 2), 1, 1).to_dict()
 ELIT = {"elit": PART, "budgets": ("k4", "k1")}
 FLEXI = {"flexi": base.flexi(("p4",)).to_dict(), "budgets": ("p4",)}
+SIZES = FLEXI | {"sample.budgets": ("p4",)}
 GUIDED = {"guidance.scale": 2.0}
 
 AVERAGES = {"optim.ema": ("0.9999", "0.99"), "train.preview_every": 50}
@@ -165,6 +166,7 @@ KNOBS = {
   "eval.sweep_steps": Knob((3,), "sweeping", TOY),
   "eval.sweep_scales": Knob((1.5,), "sweeping", TOY),
   "eval.sweep_reuse": Knob((0.1,), "sweeping", TOY),
+  "eval.sweep_weak": Knob((0.5,), "sweeping", TOY | ELIT),
   "eval.sweep_seeds": Knob(1, "sweeping", TOY | ELIT),
   "inspect.count": Knob(8, "inspecting", ELIT),
   "inspect.levels": Knob(3, "inspecting", ELIT),
@@ -190,6 +192,12 @@ KNOBS = {
   "elit.mlp_ratio": Knob(4.0, "step sampling", ELIT),
   "elit.cross": Knob("error", "crossing", ELIT | {"model.preset": "UViT-tiny/2"}),
   "elit.sees": Knob("kept", "step sampling", ELIT | {"sample.budgets": ("k1",)}),
+  "flexi.patches": Knob(("p1",), "step sampling", FLEXI | {"budgets": ("p2",)}),
+  "flexi.kernels": Knob("own", "step sampling init", SIZES),
+  "flexi.rank": Knob(2, "step sampling init", SIZES | {"flexi.kernels": "own"}),
+  "flexi.embedding": Knob(False, "step sampling init", SIZES),
+  "flexi.norm": Knob(False, "step sampling init", SIZES),
+  "flexi.align": Knob("center", "step sampling", SIZES),
 }
 
 
@@ -558,18 +566,19 @@ def test_the_same_config_has_the_same_effects(effect: str):
 def test_every_leaf_is_listed():
   raw = base.get_config()
   raw.elit = ConfigDict(PART)
+  raw.flexi = ConfigDict(FLEXI["flexi"])
   leaves = files.flatten(raw.to_dict())
   assert set(leaves) == set(KNOBS)
   assert len(leaves) <= MOST_LEAVES
 
 
-@pytest.mark.parametrize("module", [base, digits, elit_sit])
+@pytest.mark.parametrize("module", [base, digits, elit_sit, flexi_digits])
 def test_a_config_has_no_leaves_but_these(module):
   config = module.get_config()
   assert set(files.flatten(config.to_dict())) <= set(KNOBS)
 
 
 def test_an_unused_mechanism_has_no_leaves():
-  assert "elit" not in base.get_config()
+  assert not {"elit", "flexi"} & set(base.get_config())
   assert "elit" not in elit_sit.get_config("XL/2,plain")
-  assert make_config({}).elit is None
+  assert (make_config({}).elit, make_config({}).flexi) == (None, None)

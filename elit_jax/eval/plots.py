@@ -17,6 +17,7 @@ from elit_jax.eval import (
   page,
   sweep_budgets,
   sweep_guidance,
+  sweep_knobs,
   sweep_plans,
   sweep_steps,
 )
@@ -30,6 +31,7 @@ SECTIONS = (
   sweep_guidance.SECTION,
   sweep_plans.REUSE,
   sweep_plans.SCHEDULES,
+  sweep_knobs.SECTION,
 )
 
 

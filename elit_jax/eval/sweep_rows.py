@@ -3,7 +3,8 @@
 A row is a dict with the keys `ROW_KEYS`, one for each way of sampling. `kind`: "plain"
 is not guided (fewer tokens, fewer steps, or both); "cfg", "ccfg" and "autog" are, by
 `guidance_scale`; "reuse" takes evaluations from the one before, by `reuse_threshold`;
-"schedule" has a budget that hangs on the noise level, and a `seed` of its own.
+"schedule" has a budget that hangs on the noise level, and a `seed` of its own; "weak"
+begins at a smaller budget. `knobs` names those that are not fully open throughout.
 `weak_budget`, if given, tells more than one of a guidance apart. `metrics` are {name:
 {"value", "standard_error", "n"}}; without an instrument there are none.
 """
@@ -28,9 +29,9 @@ ROW_KEYS = (
   "gflops_per_image",
   "metrics",
 )
-UNGUIDED, REUSE, SCHEDULE = "plain", "reuse", "schedule"
+UNGUIDED, REUSE, SCHEDULE, WEAK = "plain", "reuse", "schedule", "weak"
 GUIDED = ("cfg", "ccfg", "autog")
-KINDS = (UNGUIDED, *GUIDED, REUSE, SCHEDULE)
+KINDS = (UNGUIDED, *GUIDED, REUSE, SCHEDULE, WEAK)
 SIGNS = {"lower": 1, "higher": -1}
 
 
@@ -193,6 +194,18 @@ def reuse_curve(rows: Sequence[Row]) -> list[Row]:
     return []
   none = cells(rows).get((str(found[0]["budget"]), found[0]["steps"]))
   return [*([none] if none else []), *found]
+
+
+def by_knobs(rows: Sequence[Row]) -> dict[str, list[Row]]:
+  """Rows without guidance at all steps, weak-first ones too, by the knobs that they
+  turn down ("": none); none without weak-first rows.
+  """
+  if not any(row["kind"] == WEAK for row in rows):
+    return {}
+  found: dict[str, list[Row]] = {}
+  for row in [*saved(rows).tokens, *(r for r in rows if r["kind"] == WEAK)]:
+    found.setdefault(row.get("knobs") or "", []).append(row)
+  return dict(sorted(found.items(), key=lambda pair: pair[0].count(",")))
 
 
 def arms(rows: Iterable[Row]) -> dict[str, list[Row]]:
