@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from elit_jax.budget import Budget, Interval, TimedBudget
 from elit_jax.errors import ConfigError, nearest
-from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
+from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse, Way
 
 ReadBudget = Callable[[str], Budget]
 
@@ -48,7 +48,7 @@ def parse(
   text: str,
   budget: ReadBudget,
   channels: Literal["all", "three"] = "all",
-  way: Literal["auto", "batch", "calls", "packed"] = "auto",
+  way: Way = "auto",
 ) -> Plan:
   """The plan that a text describes; ConfigError with the place of what is wrong.
 

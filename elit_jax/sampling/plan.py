@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -12,7 +12,10 @@ from elit_jax.errors import ConfigError
 LABELS = ("null", "same")
 CHANNELS = ("all", "three")
 MOST_STEPS = 100_000
-WAYS = ("auto", "batch", "calls", "packed")
+Way = Literal["auto", "batch", "calls", "packed", "padded", "rows"]
+WAYS: tuple[Way, ...] = get_args(Way)
+# Those that run the core once for two branches, whatever their budgets.
+JOINED = ("packed", "padded", "rows")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class Guidance:
   channels: of the prediction; "three" guides the first three, as DiT and SiT sample.
   What is not guided, a learned variance among it, is the strong branch's.
   way: how both branches are run, with equal results. "batch": as one of twice the size,
-  at equal budgets; "calls": one after the other; "packed": as one sequence in the core;
+  at equal budgets; "calls": one after the other; as one in the core: "packed", both
+  branches of a sample as one sequence, "padded", a batch of twice the size, its weak
+  rows padded, "rows", as many weak sequences a row as fit (FlexiDiT, sec. 3.4);
   "auto": with one label, the head once and two cores; else "batch" where budgets are
   equal, and "calls".
   """
@@ -36,7 +41,7 @@ class Guidance:
   low: float = 0.0
   high: float = 1.0
   channels: Literal["all", "three"] = "all"
-  way: Literal["auto", "batch", "calls", "packed"] = "auto"
+  way: Way = "auto"
 
   def __post_init__(self) -> None:
     if not 0 <= self.scale < math.inf:
@@ -107,8 +112,14 @@ class Phase:
     if guide and guide.way == "batch" and self.weak_budget != self.budget:
       raise ConfigError(
         f"budgets {self.budget} and {self.weak_budget} have no batch in common: "
-        "run their guidance by 'auto', 'calls' or 'packed'"
+        f"run their guidance by 'auto', 'calls' or {', '.join(map(repr, JOINED))}"
       )
+
+  @property
+  def joined(self) -> bool:
+    """Whether two branches share a run of the core."""
+    guide = self.guidance
+    return guide is not None and guide.scale != 1 and guide.way in JOINED
 
   @property
   def weak_budget(self) -> Budget:
