@@ -1,7 +1,7 @@
 """What a sampling run will do, as a static value: phases with budgets and guidance."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -129,6 +129,55 @@ class Phase:
 
 
 Plan = tuple[Phase, ...]
+
+
+def weak_scale(scale: float) -> float:
+  """What a guidance scale between labels, at one patch size, is worth between sizes.
+
+  (1 - s1) / (1 - s2) = 2.5 (FlexiDiT, sec. 3.3).
+  """
+  return 1 + (scale - 1) / 2.5
+
+
+def weak_first(
+  steps: int,
+  weak: Budget,
+  strong: Budget,
+  last: tuple[int, int],
+  guidance: Guidance,
+  reuse: Reuse | None = None,
+) -> Plan:
+  """The plan "x/y" (FlexiDiT, sec. 3.3): strong in the last x conditional and the last
+  y unconditional evaluations, weak in all before.
+
+  last: x and y, y <= x <= steps. guidance: CFG. Where the conditional branch alone is
+  strong, the weak one has its label, and `weak_scale`. Raises ConfigError.
+  """
+  x, y = last
+  if not 0 <= y <= x <= steps:
+    raise ConfigError(
+      f"{x}/{y} of {steps} steps: the strong budget is in the last x conditional and y "
+      "unconditional evaluations, which must satisfy 0 <= y <= x <= steps"
+    )
+  if (guidance.label, guidance.budget) != ("null", None):
+    raise ConfigError(
+      f"{x}/{y} says itself at which budget each branch is run: guide it with cfg"
+    )
+  if weak == strong or weak.exceeds(strong):
+    raise ConfigError(
+      f"{x}/{y} begins at budget {weak}, which must be smaller than {strong}"
+    )
+  between = replace(
+    guidance, scale=weak_scale(guidance.scale), label="same", budget=weak
+  )
+  parts = (
+    (steps - x, weak, guidance),
+    (x - y, strong, between),
+    (y, strong, guidance),
+  )
+  return tuple(
+    Phase(count, budget, guide, reuse) for count, budget, guide in parts if count
+  )
 
 
 def guided_at(guidance: Guidance | None, t: np.ndarray) -> np.ndarray:
