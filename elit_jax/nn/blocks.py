@@ -20,7 +20,6 @@ from elit_jax.nn.mlp import Mlp
 from elit_jax.nn.modulation import Modulation, affine_norm, layer_norm, modulate
 
 
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Slots(Sequence[int]):
   """Lengths of segments, as modulation has them, of rows that attend otherwise.

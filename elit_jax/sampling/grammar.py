@@ -42,8 +42,8 @@ REUSES = ("teacache",)
 MODIFIERS = (*GUIDANCES, *REUSES)
 
 SPLIT = (
-  "x/y is such as '90/50@p2 of 250@p4, cfg 1.5': the last 90 conditional and the last 50 "
-  "unconditional evaluations at p2, of 250 steps that begin at p4"
+  "x/y is such as '90/50@p2 of 250@p4, cfg 1.5': the last 90 conditional and the last "
+  "50 unconditional evaluations at p2, of 250 steps that begin at p4"
 )
 STEPS = "a phase is STEPS@BUDGET with a whole number of steps, such as '20@k8'"
 INTERVAL = "an interval is [LOW, HIGH] with two numbers, such as [0.1, 0.9]"
@@ -190,7 +190,9 @@ def _split(reader: _Reader, budget: ReadBudget, common: Guidance) -> list[Phase]
   of = reader.take()
   if not match or of.text != "of":
     raise reader.error(of if match else word, SPLIT)
-  with reader.blamed_on(word._replace(text=match[3], start=word.start + match.start(3))):
+  with reader.blamed_on(
+    word._replace(text=match[3], start=word.start + match.start(3))
+  ):
     strong = budget(match[3])
   rest = _phase(reader, reader.take(), budget)
   guidance, reuse = _modifiers(reader, budget, common)

@@ -24,7 +24,8 @@ class Network(NamedTuple):
   tokens depend on a budget's patch size alone. heads: what enters the core at each of
   several budgets of one patch size, from one head. core, tail: at one. unembed: the
   prediction (B, ..., C), with C more channels where a variance is learned. pack:
-  streams that enter the core as one, by a name in `plan.JOINED`; unpack: as many as the streams it is given.
+  streams that enter the core as one, by a name in `plan.JOINED`; unpack: as many as the
+  streams it is given.
   """
 
   embed: Callable[[jax.Array, jax.Array, jax.Array, Budget], Stream]

@@ -64,8 +64,13 @@ def test_other_segments_may_follow():
 
 @pytest.mark.parametrize(
   "x,y,percent",
-  [(250, 250, 100.0), (130, 130, 63.75), (70, 70, 45.63), (90, 50, 45.63)]
-  + [(30, 0, 29.02)],
+  [
+    (250, 250, 100.0),
+    (130, 130, 63.75),
+    (70, 70, 45.63),
+    (90, 50, 45.63),
+    (30, 0, 29.02),
+  ],
 )
 def test_what_the_paper_says_they_cost(x: int, y: int, percent: float):
   """Of CFG at patch 2 throughout (systems.md sec. 6.7)."""
