@@ -71,12 +71,11 @@ def drawn(batch: int = BATCH) -> tuple[jax.Array, jax.Array]:
   return jax.random.normal(jax.random.key(0), (batch, *SHAPE)), jnp.arange(batch) % 3
 
 
-def entered(model, params, strong: Budget, weak: Budget, batch: int = BATCH) -> list:
+def entered(model, params, strong: Budget, weak: Budget, given: tuple) -> list:
   """What enters the core: the weak branch under other times and labels."""
-  x, label_B = drawn(batch)
-  streams = []
+  (x, label_B), streams = given, []
   for i, budget in enumerate((strong, weak)):
-    t_B, cond = jnp.linspace(0.1, 0.9, batch) ** (i + 1), (label_B + 3 * i) % 4
+    t_B, cond = (1 + label_B) / (8.0 + i), (label_B + 3 * i) % 4
     stream = denoiser.embed(model, params, x, t_B, cond, budget)
     streams += denoiser.heads(model, params, stream, (budget,))
   return streams
@@ -88,13 +87,22 @@ def close(ours: Any, theirs: Any, rel: float = 1e-5) -> None:
   np.testing.assert_allclose(ours, theirs, rtol=0, atol=rel * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("sit", "uvit", "elit hdit", "latents alone")
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])
+    for name in CASES
+  ],
+)
 def test_every_way_gives_what_two_cores_give(case: str):
   model, strong, weak = CASES[case]
 
   @jax.jit
   def run(params):
-    streams = entered(model, params, strong, weak)
+    streams = entered(model, params, strong, weak, drawn())
     pairs = zip(streams, (strong, weak), strict=True)
     found = {"calls": [denoiser.core(model, params, *pair) for pair in pairs]}
     for way in JOINED:
@@ -116,7 +124,9 @@ def test_rows_cost_what_they_multiply(case: str, batch: int):
   """Padding, and conditions that a row does not need, too."""
   model, strong, weak = CASES[case]
   params = denoiser.abstract_params(model)
-  streams = jax.eval_shape(lambda p: entered(model, p, strong, weak, batch), params)
+  streams = jax.eval_shape(
+    lambda p: entered(model, p, strong, weak, drawn(batch)), params
+  )
 
   small = sizes.sized(model, strong.patch)  # that kernels are resized is not counted
   params = jax.eval_shape(lambda p: sizes.laid(model, p, strong.patch), params)
@@ -204,20 +214,18 @@ def test_rows_on_a_mesh_keep_to_their_device():
   model, strong, weak = CASES["modern"]
   mesh = sharding.make_mesh((8, 1, 1))
 
-  def run(params):
-    streams = entered(model, params, strong, weak, 16)
-    streams = [dataclasses.replace(s, taps=()) for s in streams]
+  def run(params, x, label_B):
+    streams = entered(model, params, strong, weak, (x, label_B))
     packed = denoiser.core(model, params, denoiser.pack(streams, "rows"), strong)
     return [stream.x for stream in denoiser.unpack(packed, streams)]
 
-  where = sharding.replicated(mesh)
-  program = jax.jit(sharding.on_mesh(mesh, run), in_shardings=where)
-  compiled = program.lower(params_of(model)).compile()
-  text = compiled.as_text()
+  where = (sharding.replicated(mesh), *[sharding.split(mesh)] * 2)
+  given = params_of(model), *drawn(16)
+  jitted = jax.jit(sharding.on_mesh(mesh, run), in_shardings=where)
+  program = jitted.lower(*given).compile()
+  text = program.as_text()
   assert "all-" not in text and "collective" not in text
-  alone = jax.jit(run)(params_of(model))
-  placed = jax.device_put(params_of(model), where)
-  for ours, theirs in zip(compiled(placed), alone, strict=True):
+  for ours, theirs in zip(jitted(*given), jax.jit(run)(*given), strict=True):
     close(ours, theirs)
 
 
@@ -237,7 +245,7 @@ def test_the_longer_sequence_goes_first():
   model, strong, weak = CASES["sit"]
 
   def packed(params):
-    return denoiser.pack(entered(model, params, weak, strong), "rows").x
+    return denoiser.pack(entered(model, params, weak, strong, drawn()), "rows").x
 
   with pytest.raises(ValueError, match="64 tokens do not fit a row of 16"):
     jax.eval_shape(packed, denoiser.abstract_params(model))
