@@ -1,5 +1,5 @@
-"""`--mode=inspect`: where Read looks, and what each of its latents is worth; and how far
-apart a model's patch sizes are.
+"""`--mode=inspect`: where Read looks, what each of its latents is worth, and how far
+apart the patch sizes of a model are.
 
 <workdir>/inspect holds the arrays, a summary as JSON, and pictures. Letters: I images,
 L noise levels, J numbers of latents, E ends that latents are dropped from; G groups of

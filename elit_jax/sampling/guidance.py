@@ -158,11 +158,13 @@ def packed(
 
 
 # How two branches are run.
-WAYS: dict[str, Callable[[Network, Budget, Budget, Null], Opening]] = {
+Run = Callable[[Network, Budget, Budget, Null], Opening]
+WAYS: dict[str, Run] = {
   "batch": batch,
   "calls": calls,
   "shared": shared,
-} | {way: functools.partial(packed, way=way) for way in JOINED}
+  **{way: functools.partial(packed, way=way) for way in JOINED},
+}
 
 
 def _embedded(

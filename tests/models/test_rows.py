@@ -75,7 +75,8 @@ def entered(model, params, strong: Budget, weak: Budget, given: tuple) -> list:
   """What enters the core: the weak branch under other times and labels."""
   (x, label_B), streams = given, []
   for i, budget in enumerate((strong, weak)):
-    t_B, cond = (1 + label_B) / (8.0 + i), (label_B + 3 * i) % 4
+    t_B = (1 + label_B.astype(jnp.float32)) / (4.0 + i)
+    cond = (label_B + 3 * i) % 4
     stream = denoiser.embed(model, params, x, t_B, cond, budget)
     streams += denoiser.heads(model, params, stream, (budget,))
   return streams
