@@ -441,7 +441,7 @@ def test_latents_and_patch_sizes_are_looked_into_together():
   config = make_config()
   model = sizes.flexi(config_lib.build_model(config), ((4, 4),))
   look = inspection.Look(config, model, sharding.make_mesh())
-  assert [*look.jobs][0] == () and [*look.jobs][-1] == inspection.SIZES
+  assert next(iter(look.jobs)) == () and [*look.jobs][-1] == inspection.SIZES
   found = {job: {str(job): np.ones((1, 2, 3))} for job in look.jobs if job}
   maps = {"loss": np.ones((1, 2, 4, 4))}
   shapes = {"importance_loss": np.ones((1, 2, 3, 2))}
