@@ -22,13 +22,13 @@ from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser
 from elit_jax.sampling import cost, sampler, schedule
 from elit_jax.sampling.guidance import At
-from elit_jax.sampling.plan import Guidance, Phase
+from elit_jax.sampling.plan import JOINED, Guidance, Phase
 
 # Every kind with the ways that it has, two calls first.
 WAYS = {
   "cfg": ("calls", "batch", "packed"),
-  "ccfg": ("calls", "packed"),
-  "autog": ("calls", "shared", "packed"),
+  "ccfg": ("calls", *JOINED),
+  "autog": ("calls", "shared", *JOINED),
 }
 SCALE = 2.0
 

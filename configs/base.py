@@ -131,7 +131,8 @@ def get_config() -> ConfigDict:
         "high": 1.0,
         "channels": "all",  # all | three: the first three alone, as DiT and SiT sample
         # Both branches run as: auto | batch (equal budgets) | calls | packed (in one
-        # sequence). The results are equal.
+        # sequence) | padded (a batch of twice the size) | rows (several weak sequences
+        # in one row). The results are equal.
         "way": "auto",
       },
       # Of --mode=plan: what an image may cost, and what is tried to stay within it.

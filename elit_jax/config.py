@@ -41,7 +41,7 @@ from elit_jax.models import (
 from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
 from elit_jax.sampling import grammar, search
-from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
+from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse, Way
 from elit_jax.sampling.step import Stepper
 from elit_jax.sampling.steppers import stepper
 
@@ -682,11 +682,9 @@ def guided_channels(config: Config) -> typing.Literal["all", "three"]:
   return typing.cast(typing.Literal["all", "three"], config.guidance.channels)
 
 
-def guided_way(config: Config) -> typing.Literal["auto", "batch", "calls", "packed"]:
+def guided_way(config: Config) -> Way:
   """How both branches are run; `Guidance` refuses what is none of these."""
-  return typing.cast(
-    typing.Literal["auto", "batch", "calls", "packed"], config.guidance.way
-  )
+  return typing.cast(Way, config.guidance.way)
 
 
 def check_guidance(found: Guidance, config: Config) -> None:
@@ -702,6 +700,14 @@ def plans(config: Config, model: spec.Model) -> tuple[Plan, ...]:
   """The sampling plans of the config: that of `sample.plan`, or one phase for each of
   its budgets.
   """
+  found = _plans(config, model)
+  for phase in (phase for plan in found for phase in plan):
+    if phase.joined:
+      legal.check_joined(model, phase.budget, phase.weak_budget)
+  return found
+
+
+def _plans(config: Config, model: spec.Model) -> tuple[Plan, ...]:
   read = functools.partial(spec.budget_for, model, config.data.shape)
   if config.sample.plan:
     return (_spelt_plan(config, read),)

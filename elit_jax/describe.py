@@ -83,7 +83,8 @@ def plans(
   """
   model = config_lib.build_model(config)
   solver, path = config_lib.solver(config, model), process(config.flow.path)
-  parts = functools.partial(flops.parts, model, config.data.shape)
+  batch = config.sample.batch_size
+  parts = functools.partial(flops.parts, model, config.data.shape, batch=batch)
   tokens = functools.partial(flops.core_tokens, model, config.data.shape)
   found = []
   for plan in config_lib.plans(config, model):

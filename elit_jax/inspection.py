@@ -1,8 +1,9 @@
-"""`--mode=inspect`: where Read looks, and what each of its latents is worth.
+"""`--mode=inspect`: where Read looks, what each of its latents is worth, and how far
+apart the patch sizes of a model are.
 
-<workdir>/inspect holds the arrays, a summary as JSON, and two pictures. Letters: I
-images, L noise levels, J numbers of latents, E ends that latents are dropped from; G
-groups of N tokens, in the grid that Read sees.
+<workdir>/inspect holds the arrays, a summary as JSON, and pictures. Letters: I images,
+L noise levels, J numbers of latents, E ends that latents are dropped from; G groups of
+N tokens, in the grid that Read sees; S weak patch sizes.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import functools
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from elit_jax import (
   train,
 )
 from elit_jax import config as config_lib
-from elit_jax.budget import Budget
+from elit_jax.budget import Budget, Grid, patch_text
 from elit_jax.config import Config
 from elit_jax.data.sources import Source
 from elit_jax.data.spread import Spread
@@ -53,6 +54,7 @@ ENDS = ("tail", "front")  # that latents are dropped from
 SHOWN = 6  # images in the picture, at most
 AT_ONCE = 8  # numbers of latents that one program tries
 FULL = Budget()
+SIZES = "sizes"  # the program that compares patch sizes, and its part of the summary
 
 
 def run(config: Config, workdir: pathlib.Path) -> None:
@@ -97,9 +99,11 @@ def check(model: spec.Model) -> None:
   """Raises ConfigError for a model in which there is nothing to see."""
   read = spec.find(model, spec.Read)
   if not isinstance(read, spec.Read):
+    if model.sizes:
+      return
     raise ConfigError(
-      "this model has no latent interface, into which --mode=inspect looks: use a "
-      "config with a part `elit`"
+      "this model has no latent interface, into which --mode=inspect looks, and no "
+      "patch sizes to compare: use a config with a part `elit` or `flexi`"
     )
   if read.kind == "self":
     raise ConfigError(
@@ -170,12 +174,23 @@ class Look:
     return np.round(levels * steps) / steps if steps else levels
 
   @functools.cached_property
-  def jobs(self) -> dict[Sequence[int], Callable[[], Callable]]:
-    """What to compile: the maps under (), the losses of some numbers of latents."""
+  def jobs(self) -> dict[Hashable, Callable[[], Callable]]:
+    """What to compile: the maps under (), the losses of some numbers of latents, and
+    the distance between patch sizes under SIZES.
+    """
+    read = spec.find(self.model, spec.Read)
+    jobs = self.read_jobs if read else {}
+    if not self.model.sizes:
+      return jobs
+    return jobs | {SIZES: functools.partial(self.compile, self.between_sizes)}
+
+  @property
+  def read_jobs(self) -> dict[Hashable, Callable[[], Callable]]:
+    """Of them those that look at latents."""
     slots = math.prod(self.read.window)
     fewer = range(1, slots)
     parts = [fewer[i : i + AT_ONCE] for i in range(0, len(fewer), AT_ONCE)]
-    jobs: dict[Sequence[int], Callable[[], Callable]] = {
+    jobs: dict[Hashable, Callable[[], Callable]] = {
       part: functools.partial(
         self.compile, functools.partial(self.with_fewer_latents, part)
       )
@@ -263,8 +278,30 @@ class Look:
     stream = denoiser.core(self.model, params, behind, FULL)
     stream = denoiser.tail(self.model, params, self.for_write(stream), FULL)
     out = denoiser.unembed(self.model, params, stream).prediction
-    out = out[..., : self.model.channels].astype(jnp.float32)
-    return self.spread.enter(self.spread.leave(out))
+    return self.spread.enter(self.of_sample(out))
+
+  def of_sample(self, out: jax.Array) -> jax.Array:
+    """Of what the network says what is noised, without a learned variance."""
+    return self.spread.leave(out[..., : self.model.channels].astype(jnp.float32))
+
+  @property
+  def patches(self) -> tuple[Grid, ...]:
+    """Patch sizes, that of the most tokens first."""
+    return tuple(sorted(spec.patches(self.model), key=math.prod))
+
+  def between_sizes(self, params: Any, shown: Shown) -> dict[str, jax.Array]:
+    """How far each weak patch size's prediction lies from the strong one's (B, S), in
+    multiples of the latter's length (FlexiDiT, fig. 4).
+    """
+
+    def predicted(patch: Grid) -> jax.Array:
+      given = shown.x, shown.t_B, shown.label_B, Budget(patch=patch)
+      return self.of_sample(denoiser.apply(self.model, params, *given).prediction)
+
+    strong, *weak = map(predicted, self.patches)
+    length_B = jnp.sqrt(sample_means(jnp.square(strong)))
+    apart = [jnp.sqrt(sample_means(jnp.square(x - strong))) / length_B for x in weak]
+    return {"sizes_apart": jnp.stack(apart, axis=1)}
 
   def for_write(self, stream: Stream) -> Stream:
     """Without latents that were dropped, where Write is to see none of them."""
@@ -309,12 +346,12 @@ def find(
   parts: list[Arrays] = []
   for first in range(0, count, size):
     batch = evaluate.read_batch(held_out, filled[first : first + size], look.mesh)
-    found: list[Arrays] = []
-    for program in programs.values():
+    found: dict[Any, Arrays] = {}
+    for job, program in programs.items():
       if preemption.requested():
         return None
       x_0, figures = program(params, batch)
-      found.append({name: np.asarray(x, np.float64) for name, x in figures.items()})
+      found[job] = {name: np.asarray(x, np.float64) for name, x in figures.items()}
     images.append(np.asarray(x_0))
     parts.append(_joined(found))
     progress.update(min(first + size, count))
@@ -329,20 +366,27 @@ def find(
     "position": position_I,
     "levels": look.levels_L,
     **whole,
-    **{f"{name}_mean": whole[name].mean(1) for name in MAPS},
+    **{f"{name}_mean": whole[name].mean(1) for name in MAPS if name in whole},
   }
 
 
-def _joined(found: Sequence[Arrays]) -> Arrays:
+def _joined(found: Mapping[Any, Arrays]) -> Arrays:
   """What the programs have found of a batch; with all latents nothing is lost."""
-  maps, *fewer = found
+  between = found.get(SIZES, {})
+  if () not in found:
+    return between
+  maps, *fewer = (part for job, part in found.items() if job != SIZES)
   loss_BL = maps["loss"].reshape(*maps["loss"].shape[:2], -1).mean(-1)
   whole = np.repeat(loss_BL[..., None, None], len(ENDS), axis=-1)
   last = {"importance_loss": whole, "importance_moved": np.zeros_like(whole)}
-  return maps | {
-    name: np.concatenate([*(part[name] for part in fewer), x], axis=2)
-    for name, x in last.items()
-  }
+  return (
+    maps
+    | between
+    | {
+      name: np.concatenate([*(part[name] for part in fewer), x], axis=2)
+      for name, x in last.items()
+    }
+  )
 
 
 # --- what it says ---------------------------------------------------------------------
@@ -350,21 +394,37 @@ def _joined(found: Sequence[Arrays]) -> Arrays:
 
 def summary(look: Look, step: int, arrays: Arrays) -> dict[str, Any]:
   """As inspect.json has it."""
-  window = look.read.window
-  return drawing.plain(
-    {
-      "step": step,
-      "average": look.config.sample.ema,
-      "seed": look.config.eval.seed,
-      "images": look.config.inspect.count,
-      "levels": look.levels_L,
-      "predicts": look.model.prediction,
+  found = {
+    "step": step,
+    "average": look.config.sample.ema,
+    "seed": look.config.eval.seed,
+    "images": look.config.inspect.count,
+    "levels": look.levels_L,
+    "predicts": look.model.prediction,
+  }
+  if "attention" in arrays:
+    window = look.read.window
+    found |= {
       "grid": look.grid,
       "window": window,
       "correlation": correlations(arrays["attention"], arrays["loss"], window),
       "importance": importance(arrays),
     }
-  )
+  if "sizes_apart" in arrays:
+    found[SIZES] = between(look.patches, arrays["sizes_apart"])
+  return drawing.plain(found)
+
+
+def between(patches: Sequence[Grid], apart_ILS: np.ndarray) -> dict[str, Any]:
+  """By weak patch size: at each level its distance from the strong one, the first."""
+  strong, *weak = map(patch_text, patches)
+  return {
+    "strong": strong,
+    "apart": {
+      name: [_with_error(apart_ILS[:, level, s]) for level in range(apart_ILS.shape[1])]
+      for s, name in enumerate(weak)
+    },
+  }
 
 
 def correlations(
@@ -462,7 +522,25 @@ def importance(arrays: Arrays) -> dict[str, list[dict[str, Any]]]:
 
 
 def told(stored: Mapping[str, Any]) -> str:
-  """The correlations for the screen."""
+  """The figures for the screen."""
+  parts = (("correlation", _told_correlations), (SIZES, _told_sizes))
+  return "\n".join(tell(stored) for name, tell in parts if name in stored)
+
+
+def _told_sizes(stored: Mapping[str, Any]) -> str:
+  found = stored[SIZES]
+  lines = [
+    f"relative distance of predictions from those at {found['strong']}, by level"
+  ]
+  for name, levels in found["apart"].items():
+    pairs = zip(stored["levels"], levels, strict=True)
+    lines.append(
+      f"  {name}: " + ", ".join(f"t {t:.3g}: {written(x)}" for t, x in pairs)
+    )
+  return "\n".join(lines)
+
+
+def _told_correlations(stored: Mapping[str, Any]) -> str:
   lines = ["correlation of attention received with the loss of a patch, over images"]
   for scope, title in (("within", "within groups"), ("raw", "over the whole image")):
     for name in METHODS:
@@ -476,7 +554,7 @@ def told(stored: Mapping[str, Any]) -> str:
 
 
 def written(one: Mapping[str, Any]) -> str:
-  """A correlation as text."""
+  """A figure with its error as text."""
   if one["value"] is None:
     return "none"
   error = one["standard_error"]
@@ -496,7 +574,7 @@ def write(workdir: pathlib.Path, stored: Mapping[str, Any], arrays: Arrays) -> N
   with files.atomic(partial / "arrays.npz") as path:
     np.savez(path, allow_pickle=False, **arrays)
   files.write_json(partial / "inspect.json", stored)
-  for name, draw in inspect_png.PICTURES.items():
+  for name, draw in inspect_png.pictures(stored).items():
     drawing.save(draw(stored, arrays), partial / name)
   evaluate.replace(partial, workdir / FOLDER)
   logging.info("%s", told(stored))

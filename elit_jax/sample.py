@@ -30,7 +30,7 @@ from elit_jax.data.spread import NONE, Spread
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import Process, process
 from elit_jax.logs import Progress
-from elit_jax.models import denoiser, flops, spec
+from elit_jax.models import denoiser, flops, legal, spec
 from elit_jax.sampling import caching, grammar, sampler, schedule
 from elit_jax.sampling.cost import PartsOf, PlanCost, plan_cost
 from elit_jax.sampling.network import Network, Stream
@@ -109,11 +109,16 @@ class Sampler:
 
   def decide(self, plan: Plan) -> tuple[Decided, ...]:
     """A plan down to its single evaluations; ConfigError if it cannot be followed."""
+    for phase in plan:
+      if phase.joined:
+        legal.check_joined(self.model, phase.budget, phase.weak_budget)
     return schedule.decide(plan, self.stepper, self.process, self.meter)
 
   def price(self, plan: Plan) -> PlanCost:
     """Evaluations and FLOPs of one sample, before it is drawn."""
-    parts = functools.partial(flops.parts, self.model, self.shape)
+    parts = functools.partial(
+      flops.parts, self.model, self.shape, batch=self.batch_size
+    )
     return plan_cost(plan, self.stepper, self.process, parts, self.meter)
 
   def numbers(self, plan: Sequence[Decided]) -> tuple[Schedule, ...]:
@@ -270,8 +275,9 @@ def from_config(
 
 
 def prices(config: Config, model: spec.Model) -> PartsOf:
-  """FLOPs of the parts of a forward pass at a budget, of one sample."""
-  return functools.partial(flops.parts, model, config.data.shape)
+  """FLOPs of the parts of a forward pass at a budget, of one of `sample.batch_size`."""
+  batch = config.sample.batch_size
+  return functools.partial(flops.parts, model, config.data.shape, batch=batch)
 
 
 def _program(programs: Mapping[Hashable, Any], form: Form) -> Program:

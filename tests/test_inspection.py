@@ -1,6 +1,7 @@
 """What `--mode=inspect` shows of a network: sums, losses, order; what it refuses."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -18,7 +19,7 @@ from elit_jax.budget import Budget
 from elit_jax.data.sources import digits
 from elit_jax.errors import ConfigError
 from elit_jax.eval import drawing, inspect_png
-from elit_jax.models import denoiser, presets
+from elit_jax.models import denoiser, presets, sizes
 
 COUNT, LEVELS, SLOTS = 12, 3, 4
 WINDOW = (2, 2)
@@ -390,3 +391,60 @@ def test_a_diverged_network_is_refused(checkpoint, monkeypatch):
   monkeypatch.setattr(sample, "load_ema", lambda *_: (7, broken))
   with pytest.raises(ConfigError, match="not finite.*diverged"):
     inspection.run(make_config(), checkpoint)
+
+
+# --- patch sizes ----------------------------------------------------------------------
+
+
+def test_how_far_patch_sizes_are_apart(tmp_path):
+  """As by hand at every level; 0 where sizes agree, which are shown and printed."""
+  config = make_config(inspect__count=8)
+  plain = presets.preset("SiT-test/2", channels=1, classes=10)
+  model = sizes.flexi(plain, ((4, 4),))
+  look = inspection.Look(config, model, sharding.make_mesh())
+  assert list(look.jobs) == [inspection.SIZES]
+  rng = np.random.default_rng(2)
+  params = jax.tree.map(
+    lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32),
+    denoiser.abstract_params(model),
+  )
+  programs = {name: job() for name, job in look.jobs.items()}
+  arrays = inspection.find(look, programs, params, digits("held_out"))
+  assert arrays["sizes_apart"].shape == (8, LEVELS, 1)
+  for level, t in enumerate(arrays["levels"]):
+    *given, _ = shown_by_hand(config, t, 8)
+    strong, weak = (
+      np.asarray(with_size(patch)(model, params, *given)) for patch in ((2, 2), (4, 4))
+    )
+    length = np.linalg.norm((weak - strong).reshape(8, -1), axis=1)
+    want = length / np.linalg.norm(strong.reshape(8, -1), axis=1)
+    np.testing.assert_allclose(arrays["sizes_apart"][:, level, 0], want, rtol=1e-4)
+  stored = inspection.summary(look, 7, arrays)
+  first = stored["sizes"]["apart"]["p4"][0]
+  assert stored["sizes"]["strong"] == "p2" and first["images"] == 8
+  assert math.isclose(first["value"], arrays["sizes_apart"][:, 0, 0].mean())
+  inspection.write(tmp_path, stored, arrays)
+  written = {path.name for path in (tmp_path / "inspect").iterdir()}
+  assert written == {"arrays.npz", "inspect.json", "sizes.png"}
+  assert f"p4: t 0.167: {first['value']:+.3f} +- " in inspection.told(stored)
+
+
+def with_size(patch):
+  @functools.partial(jax.jit, static_argnums=0)
+  def predict(model, *given):
+    return denoiser.apply(model, *given, Budget(None, patch)).velocity
+
+  return predict
+
+
+def test_latents_and_patch_sizes_are_looked_into_together():
+  config = make_config()
+  model = sizes.flexi(config_lib.build_model(config), ((4, 4),))
+  look = inspection.Look(config, model, sharding.make_mesh())
+  assert next(iter(look.jobs)) == () and [*look.jobs][-1] == inspection.SIZES
+  found = {job: {str(job): np.ones((1, 2, 3))} for job in look.jobs if job}
+  maps = {"loss": np.ones((1, 2, 4, 4))}
+  shapes = {"importance_loss": np.ones((1, 2, 3, 2))}
+  parts = {(): maps, range(1, 4): shapes | {"importance_moved": np.ones((1, 2, 3, 2))}}
+  joined = inspection._joined(parts | {inspection.SIZES: found[inspection.SIZES]})
+  assert "sizes" in joined and joined["importance_loss"].shape == (1, 2, 4, 2)

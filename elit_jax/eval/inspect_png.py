@@ -160,7 +160,44 @@ def importance(stored: Stored, arrays: Arrays) -> Figure:
   return made
 
 
-PICTURES: dict[str, Callable[[Stored, Arrays], Figure]] = {
+def sizes(stored: Stored, arrays: Arrays) -> Figure:
+  """How far the predictions of weak patch sizes are from the strong one's, by level."""
+  found = stored["sizes"]
+  made, (axes,) = drawing.panels(
+    1, f"Patch sizes beside {found['strong']}: step {stored['step']}", (5.4, 3.8)
+  )
+  drawing.clear(axes)
+  for (name, levels), marker in zip(found["apart"].items(), "os^vD*" * 9, strict=False):
+    axes.errorbar(
+      stored["levels"],
+      [level["value"] for level in levels],
+      yerr=[level["standard_error"] or 0.0 for level in levels],
+      label=name,
+      marker=marker,
+      linewidth=1.5,
+      elinewidth=1,
+      capsize=3,
+    )
+  axes.set_ylim(bottom=0)
+  axes.set_xlabel("t  (1: noise)")
+  axes.set_ylabel("distance of predictions, relative")
+  drawing.subtitle(
+    axes, f"{stored['images']} held-out images; bars: one standard error"
+  )
+  drawing.legend(made, [axes])
+  return made
+
+
+Draw = Callable[[Stored, Arrays], Figure]
+
+# Of a model with a latent interface.
+PICTURES: dict[str, Draw] = {
   "attention.png": attention,
   "importance.png": importance,
 }
+
+
+def pictures(stored: Stored) -> dict[str, Draw]:
+  """What there is to draw of a summary."""
+  found = PICTURES if "correlation" in stored else {}
+  return found | ({"sizes.png": sizes} if "sizes" in stored else {})

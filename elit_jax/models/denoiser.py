@@ -14,10 +14,11 @@ from elit_jax.budget import Budget
 from elit_jax.models import sizes, spec
 from elit_jax.models.conditions import CONDITIONS, Cond, extra_tokens, part_inputs
 from elit_jax.models.layout import Layout, axis_positions
+from elit_jax.models.packing import Rows, fitting
 from elit_jax.models.spec import Model, Read, find, kept, learns_variance, seams
 from elit_jax.models.stages import Params, Stream, fold, init_stage, keep, run_stage
 from elit_jax.nn import embed as nn_embed
-from elit_jax.nn.partition import split_batch
+from elit_jax.nn.partition import shares, split_batch
 from elit_jax.nn.position import sincos_at
 
 
@@ -166,8 +167,15 @@ def heads(
   return tuple(keep(model, read, stream, budget) for budget in budgets)
 
 
-def pack(streams: Sequence[Stream]) -> Stream:
-  """Streams of one batch as one sequence for the core, which mixes none of them."""
+def pack(streams: Sequence[Stream], way: str = "packed") -> Stream:
+  """Streams of one batch as one for the core, which mixes none of them.
+
+  way: "packed", those of a sample as one sequence; of two, the longer one first, also
+  "padded", a batch of twice the rows, and "rows", of which some have several weak ones.
+  """
+  if way != "packed":
+    strong, weak = streams
+    return _pack_rows(strong, weak, way)
 
   def joined(parts: list[Any]) -> jax.Array | None:
     if parts[0] is None:
@@ -187,13 +195,41 @@ def pack(streams: Sequence[Stream]) -> Stream:
   )
 
 
+def _pack_rows(strong: Stream, weak: Stream, way: str) -> Stream:
+  batch, (one,), (other,) = len(strong.x), strong.layouts, weak.layouts
+  rows = Rows(batch, fitting(way, one, other), shares(batch))
+  text = None
+  if strong.text is not None and weak.text is not None:
+    text = rows.join(strong.text, weak.text, rows.each * weak.text.shape[1])
+  conditions = jnp.repeat(strong.c[:, None], rows.each, axis=1)
+  return dataclasses.replace(
+    strong,
+    x=rows.join(strong.x, weak.x, one.length),
+    c=rows.join(conditions, weak.c[:, None], rows.each),
+    layouts=(one, other),
+    text=text,
+    skips=(),
+    taps=(),
+    rows=rows,
+  )
+
+
 def unpack(packed: Stream, streams: Sequence[Stream]) -> tuple[Stream, ...]:
   """What the core made of each of the streams that were packed, in their order."""
-  assert packed.segments is not None
-  ends = [*itertools.accumulate(packed.segments)]
-  columns = [jnp.split(y, ends[:-1], axis=1) for y in (packed.x, *packed.taps)]
-  texts: list[Any] = [None] * len(streams)
-  if packed.text is not None:
+  lengths = [layout.length for layout in packed.layouts]
+  ends = [*itertools.accumulate(lengths)]
+
+  def split(y: jax.Array) -> Sequence[jax.Array]:
+    if packed.rows:
+      return packed.rows.split(y, *lengths)
+    return jnp.split(y, ends[:-1], axis=1)
+
+  columns = [split(y) for y in (packed.x, *packed.taps)]
+  texts: Sequence[Any] = [None] * len(streams)
+  if packed.text is not None and packed.rows:
+    count = packed.text.shape[1] // packed.rows.each
+    texts = packed.rows.split(packed.text, count, count)
+  elif packed.text is not None:
     texts = jnp.split(packed.text, len(streams), axis=1)
   rows = zip(streams, texts, *columns, strict=True)
   return tuple(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from elit_jax.budget import Budget
-from elit_jax.models import spec
+from elit_jax.models import packing, spec
 from elit_jax.models.conditions import CONDITIONS, extra_tokens
 from elit_jax.models.layout import Layout, layouts
 from elit_jax.models.sizes import sized
@@ -84,11 +84,19 @@ def linear(model: Model, shape: Sequence[int], budget: Budget = Budget()) -> int
   return sum(cost.linear for cost in costs(model, shape, budget)[1:-1])
 
 
-def parts(model: Model, shape: Sequence[int], *budgets: Budget) -> Parts:
-  """FLOPs of a forward pass by part; of several budgets, packed in the core.
+def parts(
+  model: Model,
+  shape: Sequence[int],
+  *budgets: Budget,
+  way: str = "packed",
+  batch: int = 0,
+) -> Parts:
+  """FLOPs of a forward pass by part; of several budgets, as one in the core.
 
-  Packed, every token meets every other in attention, which is what a kernel computes
-  that skips nothing; all else is the sum over the budgets.
+  way: how they are packed, see `denoiser.pack`. Every token of a row meets every other
+  in attention, which is what a kernel computes that skips nothing, and padding counts.
+  batch: samples on a device, which share rows; 0: as many as fill them. All else is the
+  sum over the budgets.
   """
   first, last = spec.seams(model)
   columns = [costs(model, shape, budget) for budget in budgets]
@@ -103,7 +111,10 @@ def parts(model: Model, shape: Sequence[int], *budgets: Budget) -> Parts:
   ]
   packed = list(zip(*places, strict=True))
   core = sum(
-    sum(_stage(small[0], i, budgets[0], packed[i])) for i in range(first, last)
+    sum(_stage(small[0], i, budgets[0], packed[i]))
+    if way == "packed" or not isinstance(model.trunk[i], Blocks)
+    else _in_rows(small[0], i, budgets[0], packed[i], way, batch)
+    for i in range(first, last)
   )
   return Parts(embed, sum(trunk[:first]), core, sum(trunk[last:]), unembed)
 
@@ -115,15 +126,43 @@ def core_tokens(model: Model, shape: Sequence[int], budget: Budget) -> int:
   return places[spec.seams(model)[0]].length
 
 
-def _stage(model: Model, index: int, budget: Budget, places: Sequence[Layout]) -> Spent:
-  """FLOPs of a stage on sequences packed as one, which enter it so."""
+def _in_rows(
+  model: Model,
+  index: int,
+  budget: Budget,
+  places: Sequence[Layout],
+  way: str,
+  batch: int,
+) -> int:
+  """FLOPs a sample, rounded up, of blocks on rows of one strong or several weak
+  sequences.
+  """
+  strong, weak = places
+  each = packing.fitting(way, strong, weak)
+  samples = batch or each
+  spent = _stage(model, index, budget, [strong], each)
+  rows = samples + packing.weak_rows(samples, each)
+  return -(-sum(spent) * rows // samples)
+
+
+def _stage(
+  model: Model,
+  index: int,
+  budget: Budget,
+  places: Sequence[Layout],
+  count: int | None = None,
+) -> Spent:
+  """FLOPs of a stage on sequences packed as one, which enter it so.
+
+  count: of conditions, each with its text; None: one a sequence.
+  """
   stage: Stage = model.trunk[index]
   c, d = model.width, model.width * spec.scales(model.trunk)[index]
-  n = sum(place.length for place in places)
+  n, count = sum(place.length for place in places), count or len(places)
   match stage:
     case Blocks():
-      m = extra_tokens(model) * len(places)
-      spent = _blocks(stage, c, d, n, m, len(places))
+      m = extra_tokens(model) * count
+      spent = _blocks(stage, c, d, n, m, count)
       seen = n + m if KINDS[stage.kind].sees_text else n
       return Spent(spent.linear + _adapters(model, stage, d, seen), spent.other)
     case Down() | Up():

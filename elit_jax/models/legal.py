@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 
-from elit_jax.budget import patch_text
+from elit_jax.budget import Budget, patch_text
 from elit_jax.errors import ConfigError, lookup
 from elit_jax.models import spec
 from elit_jax.models.conditions import CONDITIONS, extra_tokens
@@ -35,6 +35,15 @@ def _blamed_on(model: Model) -> Iterator[None]:
     yield
   except ConfigError as error:
     raise ConfigError(f"at patch size {patch_text(model.patch)}: {error}") from None
+
+
+def check_joined(model: Model, strong: Budget, weak: Budget) -> None:
+  """Raises ConfigError where two budgets cannot share a run of the core."""
+  if model.sizes and model.sizes.rank and strong.patch != weak.patch:
+    raise ConfigError(
+      f"budgets {strong} and {weak} have adapters of their own, so that their tokens "
+      "cannot share rows: run their guidance by 'auto' or 'calls'"
+    )
 
 
 def _validate(model: Model, shape: Sequence[int]) -> Grid:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 
 from elit_jax.budget import Budget
 from elit_jax.models.layout import Layout
+from elit_jax.models.packing import Rows
 from elit_jax.models.spec import (
   Blocks,
   Compute,
@@ -49,7 +50,7 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["x", "c", "text", "patches", "latents", "skips", "taps"],
-  meta_fields=["grid", "layouts"],
+  meta_fields=["grid", "layouts", "rows"],
 )
 @dataclasses.dataclass(frozen=True)
 class Stream:
@@ -61,7 +62,8 @@ class Stream:
   (B, G, n, D) and all latents of Read (B, G, J, D). skips: outputs of blocks
   (L, B, N, D), the last on top, text before x. taps: REPA projections. layouts: of the
   S sequences that lie one after the other in x; where several are packed, each has its
-  own condition, and c is (B, S, D).
+  own condition, and c is (B, S, D). rows: how two sequences of every sample lie in rows
+  instead, of which x and all beside it have R in place of B.
   """
 
   x: jax.Array
@@ -73,13 +75,15 @@ class Stream:
   latents: jax.Array | None = None
   skips: tuple[jax.Array, ...] = ()
   taps: tuple[jax.Array, ...] = ()
+  rows: Rows | None = None
 
   @property
-  def segments(self) -> tuple[int, ...] | None:
+  def segments(self) -> Sequence[int] | None:
     """Lengths of the packed sequences in x; None where nothing is packed."""
     if self.c.ndim == 2:
       return None
-    return tuple(layout.length for layout in self.layouts)
+    lengths = tuple(layout.length for layout in self.layouts)
+    return self.rows.slots(lengths) if self.rows else lengths
 
 
 def fold(key: jax.Array, name: str) -> jax.Array:
@@ -267,10 +271,19 @@ def restore_latents(stream: Stream) -> jax.Array:
 def _run_merging(
   model: Model, stage: Down | Up, params: Params, stream: Stream
 ) -> Stream:
-  apart = [(layout.length, layout.cells) for layout in stream.layouts]
-  x = _merging(model, stage).apply({"params": params}, stream.x, apart)
+  def merged(x: jax.Array, layouts: Sequence[Layout]) -> jax.Array:
+    apart = [(layout.length, layout.cells) for layout in layouts]
+    return _merging(model, stage).apply({"params": params}, x, apart)
+
   moved = "down" if isinstance(stage, Down) else "up"
   layouts = tuple(getattr(layout, moved)(stage.factor) for layout in stream.layouts)
+  if stream.rows:
+    parts = stream.rows.split(stream.x, *(layout.length for layout in stream.layouts))
+    pairs = zip(parts, stream.layouts, strict=True)
+    strong, weak = (merged(x, [layout]) for x, layout in pairs)
+    x = stream.rows.join(strong, weak, layouts[0].length)
+  else:
+    x = merged(stream.x, stream.layouts)
   grid = stream.grid if stream.latents is not None else layouts[0].cells
   return dataclasses.replace(stream, x=split_batch(x), layouts=layouts, grid=grid)
 
@@ -280,7 +293,7 @@ def _run_blocks(
 ) -> Stream:
   module = _block(model, stage, scale)
   fuse = _skip(model, model.width * scale)
-  angles_NP = _angles(model, stream.layouts) if stage.rope else None
+  angles_NP = _angles(model, stream) if stage.rope else None
   taken, left = _taken(stream.skips, stage.count if stage.pop else 0)
 
   def body(both: Any, layer: Any) -> Any:
@@ -312,10 +325,14 @@ def _scan(body: Callable, both: Any, layers: Any, stage: Blocks, model: Model) -
   return both, jnp.stack(out) if stage.push else None
 
 
-def _angles(model: Model, layouts: tuple[Layout, ...]) -> np.ndarray:
+def _angles(model: Model, stream: Stream) -> np.ndarray:
   """By which each token's queries and keys are turned; heads are equally wide."""
-  positions = np.concatenate([layout.coordinates() for layout in layouts])
-  return rope_angles(positions, model.width // model.heads)
+  width = model.width // model.heads
+  angles = [rope_angles(place.coordinates(), width) for place in stream.layouts]
+  if stream.rows:
+    strong, weak = angles
+    return stream.rows.angles(strong, weak)
+  return np.concatenate(angles)
 
 
 def _taken(

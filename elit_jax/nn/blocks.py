@@ -6,6 +6,7 @@ sequences that make up N, each attends to itself alone under its own condition, 
 (B, S, C), and to its own text, which are S parts of M of equal lengths.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +18,32 @@ from flax import linen as nn
 from elit_jax.nn import attention
 from elit_jax.nn.mlp import Mlp
 from elit_jax.nn.modulation import Modulation, affine_norm, layer_norm, modulate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Slots(Sequence[int]):
+  """Lengths of segments, as modulation has them, of rows that attend otherwise.
+
+  lengths: of S. ids_BN: of each token the segment that it attends in, and whose text it
+  sees; S or more for one that sees no other segment and no text.
+  """
+
+  lengths: tuple[int, ...]
+  ids_BN: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.lengths)
+
+  def __getitem__(self, index: Any) -> Any:
+    return self.lengths[index]
+
+  def ids(self, text: int) -> attention.Segments:
+    """As attention has them, behind those of S texts, together of so many tokens."""
+    ids_M = np.repeat(np.arange(len(self), dtype=np.int32), text // len(self))
+    ids_BM = np.broadcast_to(ids_M, (len(self.ids_BN), text))
+    ids_BL = jnp.asarray(np.concatenate([ids_BM, self.ids_BN], axis=1))
+    return ids_BL, ids_BL
+
 
 Segments = Sequence[int] | None
 Both = tuple[jax.Array, jax.Array | None]
@@ -188,6 +215,8 @@ def _ids(
   lengths = _lengths(text_BMD, segments)
   if lengths is None or segments is None:
     return None
+  if isinstance(segments, Slots):
+    return segments.ids(0 if text_BMD is None else text_BMD.shape[1])
   which = [i % len(segments) for i in range(len(lengths))]
   return attention.segment_ids(x_BND.shape[0], lengths, which)
 
@@ -201,7 +230,8 @@ def _join(
   """Text and x as one sequence, its segments, and its angles: text is not rotated."""
   ids = _ids(x_BND, segments, text_BMD)
   if text_BMD is not None and angles_NP is not None:
-    angles_NP = np.pad(angles_NP, ((text_BMD.shape[1], 0), (0, 0)))
+    behind = [(0, 0)] * (angles_NP.ndim - 2)  # of rows, where they differ
+    angles_NP = np.pad(angles_NP, [*behind, (text_BMD.shape[1], 0), (0, 0)])
   return joined(x_BND, text_BMD), ids, angles_NP
 
 

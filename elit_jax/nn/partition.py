@@ -5,6 +5,8 @@ Which mesh is meant is the caller's affair (`sharding.on_mesh`); without one, no
 here does anything.
 """
 
+import math
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -15,6 +17,13 @@ BATCH = (DATA, FSDP)
 def split_batch(x: jax.Array) -> jax.Array:
   """x with axis 0 split over the devices of a batch and every other axis whole."""
   return _constrain(x, PartitionSpec(BATCH))
+
+
+def shares(batch: int) -> int:
+  """Over how many devices a batch is split; 1 where it cannot be."""
+  mesh = jax.sharding.get_abstract_mesh()
+  count = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+  return count if batch % count == 0 else 1
 
 
 def whole(x: jax.Array) -> jax.Array:

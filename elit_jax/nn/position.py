@@ -64,9 +64,13 @@ def rope_shares(width: int) -> tuple[int, int, int]:
 
 
 def rotate(x_BNAK: jax.Array, angles_NP: np.ndarray) -> jax.Array:
-  """Each pair of channels (2i, 2i + 1) turned by its token's angle, in fp32."""
+  """Each pair of channels (2i, 2i + 1) turned by its token's angle, in fp32.
+
+  angles: (N, P), or (B, N, P) where rows differ.
+  """
+  angles_BNP = angles_NP if angles_NP.ndim == 3 else angles_NP[None]
   cos, sin = (
-    jnp.asarray(f(angles_NP, dtype=np.float32))[None, :, None] for f in (np.cos, np.sin)
+    jnp.asarray(f(angles_BNP, dtype=np.float32))[:, :, None] for f in (np.cos, np.sin)
   )
   x = x_BNAK.astype(jnp.float32)
   a, b = x[..., 0::2], x[..., 1::2]

@@ -7,14 +7,14 @@ import numpy as np
 
 from elit_jax.flow.process import Process
 from elit_jax.sampling import caching
-from elit_jax.sampling.plan import Plan
+from elit_jax.sampling.plan import JOINED, Plan
 from elit_jax.sampling.schedule import Decided, Form, decide
 from elit_jax.sampling.step import Stepper
 
 # FLOPs of one forward pass of one sample: of embed, head, core, tail and unembed.
 Parts = tuple[int, int, int, int, int]
-# Budgets to parts; several budgets are packed as one sequence in the core, and the
-# other parts are sums.
+# Budgets to parts; several budgets are one in the core, packed by `way`, a name in
+# `plan.JOINED`, and the other parts are sums.
 PartsOf = Callable[..., Parts]
 
 
@@ -95,11 +95,13 @@ def evaluation_flops(form: Form, *, guided: bool, run: bool, parts: PartsOf) -> 
   if guided:
     assert form.weak is not None
     weak = parts(form.weak)
-    one_head = form.label == "same" and form.way in ("shared", "packed")
+    one_head = form.label == "same" and form.way in ("shared", *JOINED)
     one_head &= form.budget.patch == form.weak.patch
     join = max if one_head else int.__add__
     embed, head = join(embed, weak[0]), join(head, weak[1])
-    packed = form.way == "packed"
-    core = parts(form.budget, form.weak)[2] if packed else core + weak[2]
+    if form.way in JOINED:
+      core = parts(form.budget, form.weak, way=form.way)[2]
+    else:
+      core += weak[2]
     tail, unembed = tail + weak[3], unembed + weak[4]
   return embed + unembed + (head + core + tail if run else 0)

@@ -1,8 +1,9 @@
 """Plans, and budgets to train at, as texts: docs/plans.md has the grammar.
 
   plan     := segment (";" segment)*
-  segment  := phase+ ("," modifier)*
+  segment  := (phase+ | split) ("," modifier)*
   phase    := STEPS "@" BUDGET
+  split    := STEPS "/" STEPS "@" BUDGET "of" phase
   modifier := guidance ["in" interval] | "teacache" THRESHOLD
   guidance := "cfg" SCALE | ("ccfg" | "autog") SCALE "@" BUDGET
   interval := "[" LOW "," HIGH "]"
@@ -20,7 +21,7 @@ from typing import Literal, NamedTuple
 
 from elit_jax.budget import Budget, Interval, TimedBudget
 from elit_jax.errors import ConfigError, nearest
-from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
+from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse, Way, weak_first
 
 ReadBudget = Callable[[str], Budget]
 
@@ -40,6 +41,10 @@ GUIDANCES = {
 REUSES = ("teacache",)
 MODIFIERS = (*GUIDANCES, *REUSES)
 
+SPLIT = (
+  "x/y is such as '90/50@p2 of 250@p4, cfg 1.5': the last 90 conditional and the last "
+  "50 unconditional evaluations at p2, of 250 steps that begin at p4"
+)
 STEPS = "a phase is STEPS@BUDGET with a whole number of steps, such as '20@k8'"
 INTERVAL = "an interval is [LOW, HIGH] with two numbers, such as [0.1, 0.9]"
 
@@ -48,7 +53,7 @@ def parse(
   text: str,
   budget: ReadBudget,
   channels: Literal["all", "three"] = "all",
-  way: Literal["auto", "batch", "calls", "packed"] = "auto",
+  way: Way = "auto",
 ) -> Plan:
   """The plan that a text describes; ConfigError with the place of what is wrong.
 
@@ -168,12 +173,34 @@ def _segment(reader: _Reader, budget: ReadBudget, common: Guidance) -> list[Phas
   first = reader.ahead
   if first.text in ("", *",;[]"):
     raise reader.error(first, f"want a phase: {STEPS}")
+  if "/" in first.text.partition("@")[0]:
+    return _split(reader, budget, common)
   phases = []
   while reader.ahead.text not in ("", ",", ";"):
     word = reader.take()
     phases.append((word, _phase(reader, word, budget)))
   guidance, reuse = _modifiers(reader, budget, common)
   return [_modified(reader, *phase, guidance, reuse) for phase in phases]
+
+
+def _split(reader: _Reader, budget: ReadBudget, common: Guidance) -> list[Phase]:
+  """x/y up to ";" or the end: phases of either budget."""
+  word = reader.take()
+  match = re.fullmatch(r"([0-9]+)/([0-9]+)@(.+)", word.text)
+  of = reader.take()
+  if not match or of.text != "of":
+    raise reader.error(of if match else word, SPLIT)
+  with reader.blamed_on(
+    word._replace(text=match[3], start=word.start + match.start(3))
+  ):
+    strong = budget(match[3])
+  rest = _phase(reader, reader.take(), budget)
+  guidance, reuse = _modifiers(reader, budget, common)
+  if guidance is None:
+    raise reader.error(word, f"x/y counts two branches, which cfg has: {SPLIT}")
+  last = int(match[1]), int(match[2])
+  with reader.blamed_on(word):
+    return list(weak_first(rest.steps, rest.budget, strong, last, guidance, reuse))
 
 
 def _phase(reader: _Reader, word: _Word, budget: ReadBudget) -> Phase:

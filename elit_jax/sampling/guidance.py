@@ -4,6 +4,7 @@ A sampler never knows about it, nor about caches: both are made around a network
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 from elit_jax.budget import Budget
 from elit_jax.sampling.network import Network, Null, Stream, trunk
+from elit_jax.sampling.plan import JOINED
 
 Cache = Any
 Tokens = tuple[jax.Array, ...]
@@ -119,9 +121,17 @@ def shared(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> O
   return opened
 
 
-def packed(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> Opening:
-  """Both branches as one sequence in the core; of one condition and patch size the head
-  is shared.
+def packed(
+  network: Network,
+  strong: Budget,
+  weak: Budget,
+  weak_cond: Null,
+  way: str = "packed",
+) -> Opening:
+  """Both branches in one run of the core; of one condition and patch size the head is
+  shared.
+
+  way: how they are packed, a name in `plan.JOINED`.
   """
   budgets = (strong, weak)
 
@@ -139,7 +149,7 @@ def packed(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> O
         entered = network.heads(pairs[0][0], budgets)
       else:
         entered = tuple(network.heads(stream, (b,))[0] for stream, b in pairs)
-      left = network.unpack(network.core(network.pack(entered), strong), entered)
+      left = network.unpack(network.core(network.pack(entered, way), strong), entered)
       return [network.tail(stream, b) for stream, b in zip(left, budgets, strict=True)]
 
     return _opened(network, pairs, middle)
@@ -148,11 +158,12 @@ def packed(network: Network, strong: Budget, weak: Budget, weak_cond: Null) -> O
 
 
 # How two branches are run.
-WAYS: dict[str, Callable[[Network, Budget, Budget, Null], Opening]] = {
+Run = Callable[[Network, Budget, Budget, Null], Opening]
+WAYS: dict[str, Run] = {
   "batch": batch,
   "calls": calls,
   "shared": shared,
-  "packed": packed,
+  **{way: functools.partial(packed, way=way) for way in JOINED},
 }
 
 

@@ -24,7 +24,8 @@ class Network(NamedTuple):
   tokens depend on a budget's patch size alone. heads: what enters the core at each of
   several budgets of one patch size, from one head. core, tail: at one. unembed: the
   prediction (B, ..., C), with C more channels where a variance is learned. pack:
-  streams that enter the core as one; unpack: as many as the streams it is given.
+  streams that enter the core as one, by a name in `plan.JOINED`; unpack: as many as the
+  streams it is given.
   """
 
   embed: Callable[[jax.Array, jax.Array, jax.Array, Budget], Stream]
@@ -32,7 +33,7 @@ class Network(NamedTuple):
   core: Callable[[Stream, Budget], Stream]
   tail: Callable[[Stream, Budget], Stream]
   unembed: Callable[[Stream, Budget], jax.Array]
-  pack: Callable[[Sequence[Stream]], Stream]
+  pack: Callable[[Sequence[Stream], str], Stream]
   unpack: Callable[[Stream, Sequence[Stream]], tuple[Stream, ...]]
 
 

@@ -1,8 +1,8 @@
 """What a sampling run will do, as a static value: phases with budgets and guidance."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -12,7 +12,10 @@ from elit_jax.errors import ConfigError
 LABELS = ("null", "same")
 CHANNELS = ("all", "three")
 MOST_STEPS = 100_000
-WAYS = ("auto", "batch", "calls", "packed")
+Way = Literal["auto", "batch", "calls", "packed", "padded", "rows"]
+WAYS: tuple[Way, ...] = get_args(Way)
+# Those that run the core once for two branches, whatever their budgets.
+JOINED = ("packed", "padded", "rows")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class Guidance:
   channels: of the prediction; "three" guides the first three, as DiT and SiT sample.
   What is not guided, a learned variance among it, is the strong branch's.
   way: how both branches are run, with equal results. "batch": as one of twice the size,
-  at equal budgets; "calls": one after the other; "packed": as one sequence in the core;
+  at equal budgets; "calls": one after the other; as one in the core: "packed", both
+  branches of a sample as one sequence, "padded", a batch of twice the size, its weak
+  rows padded, "rows", as many weak sequences a row as fit (FlexiDiT, sec. 3.4);
   "auto": with one label, the head once and two cores; else "batch" where budgets are
   equal, and "calls".
   """
@@ -36,7 +41,7 @@ class Guidance:
   low: float = 0.0
   high: float = 1.0
   channels: Literal["all", "three"] = "all"
-  way: Literal["auto", "batch", "calls", "packed"] = "auto"
+  way: Way = "auto"
 
   def __post_init__(self) -> None:
     if not 0 <= self.scale < math.inf:
@@ -107,8 +112,14 @@ class Phase:
     if guide and guide.way == "batch" and self.weak_budget != self.budget:
       raise ConfigError(
         f"budgets {self.budget} and {self.weak_budget} have no batch in common: "
-        "run their guidance by 'auto', 'calls' or 'packed'"
+        f"run their guidance by 'auto', 'calls' or {', '.join(map(repr, JOINED))}"
       )
+
+  @property
+  def joined(self) -> bool:
+    """Whether two branches share a run of the core."""
+    guide = self.guidance
+    return guide is not None and guide.scale != 1 and guide.way in JOINED
 
   @property
   def weak_budget(self) -> Budget:
@@ -118,6 +129,55 @@ class Phase:
 
 
 Plan = tuple[Phase, ...]
+
+
+def weak_scale(scale: float) -> float:
+  """What a guidance scale between labels, at one patch size, is worth between sizes.
+
+  (1 - s1) / (1 - s2) = 2.5 (FlexiDiT, sec. 3.3).
+  """
+  return 1 + (scale - 1) / 2.5
+
+
+def weak_first(
+  steps: int,
+  weak: Budget,
+  strong: Budget,
+  last: tuple[int, int],
+  guidance: Guidance,
+  reuse: Reuse | None = None,
+) -> Plan:
+  """The plan "x/y" (FlexiDiT, sec. 3.3): strong in the last x conditional and the last
+  y unconditional evaluations, weak in all before.
+
+  last: x and y, y <= x <= steps. guidance: CFG. Where the conditional branch alone is
+  strong, the weak one has its label, and `weak_scale`. Raises ConfigError.
+  """
+  x, y = last
+  if not 0 <= y <= x <= steps:
+    raise ConfigError(
+      f"{x}/{y} of {steps} steps: the strong budget is in the last x conditional and y "
+      "unconditional evaluations, which must satisfy 0 <= y <= x <= steps"
+    )
+  if (guidance.label, guidance.budget) != ("null", None):
+    raise ConfigError(
+      f"{x}/{y} says itself at which budget each branch is run: guide it with cfg"
+    )
+  if weak == strong or weak.exceeds(strong):
+    raise ConfigError(
+      f"{x}/{y} begins at budget {weak}, which must be smaller than {strong}"
+    )
+  between = replace(
+    guidance, scale=weak_scale(guidance.scale), label="same", budget=weak
+  )
+  parts = (
+    (steps - x, weak, guidance),
+    (x - y, strong, between),
+    (y, strong, guidance),
+  )
+  return tuple(
+    Phase(count, budget, guide, reuse) for count, budget, guide in parts if count
+  )
 
 
 def guided_at(guidance: Guidance | None, t: np.ndarray) -> np.ndarray:
