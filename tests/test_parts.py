@@ -13,10 +13,10 @@ from cheap_training import bits, cheap_programs, mesh_of, raw_config
 
 from configs import base
 from elit_jax import config as config_lib
-from elit_jax import memory, sharding, train, trees
+from elit_jax import memory, monitor, sharding, train, trees
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
-from elit_jax.models import denoiser, sizes
+from elit_jax.models import denoiser, flops, sizes
 
 FIRST, OTHER = Budget(patch=(2, 2)), Budget(patch=(4, 4))
 ONLY = "^sizes/"
@@ -280,3 +280,17 @@ def test_parts_are_joined_as_they_were():
     assert trees.joined(others, found) == tree
   assert trees.split(tree, "^a/") == ({"a": tree["a"]}, {"e": 3})
   assert math.prod(map(len, trees.split(tree, "no"))) == 0
+
+
+def test_the_price_of_a_step_is_of_what_it_computes():
+  """In forward passes: itself, activations' gradient, trained weights'; a teacher."""
+  config = make_config(flow__distill="mse", optim__weight_decay=0.0)
+  model, shape = config_lib.build_model(config), config.data.shape
+  params = denoiser.abstract_params(model)
+  part, _ = trees.split(params, ONLY)
+  counts = [sum(x.size for x in jax.tree.leaves(t)) for t in (part, params)]
+  weak, strong = (flops.total(model, shape, size) for size in (OTHER, FIRST))
+  wanted = (2 + counts[0] / counts[1]) * weak + strong
+  assert monitor.price(config, model, OTHER) == pytest.approx(1e-9 * wanted)
+  plain = make_config(optim__only="")
+  assert monitor.price(plain, model, OTHER) == pytest.approx(3e-9 * weak)
