@@ -1,16 +1,22 @@
 """`--mode=describe`: a model stage by stage, with its price at every budget."""
 
+import dataclasses
 import functools
+import itertools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from elit_jax import config as config_lib
 from elit_jax import memory, plan_table, sharding, trees
+from elit_jax.budget import patch_text
 from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
-from elit_jax.models import denoiser, flops, spec
+from elit_jax.models import denoiser, flops, sizes, spec
 from elit_jax.nn.partition import AXES
 from elit_jax.sampling import grammar
 from elit_jax.sampling.caching import Meter
@@ -35,7 +41,7 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
   columns = {str(budget): flops.costs(model, shape, budget) for budget in parsed}
   counts = denoiser.parameter_counts(model, shape)
   fixed = counts.pop("position_table")
-  later = {*spec.names(model.trunk), "unembed"}
+  later = {*spec.names(model.trunk), "unembed", "sizes"}
   embed = sum(count for name, count in counts.items() if name not in later)
   stages = []
   for i, cost in enumerate(next(iter(columns.values()))):
@@ -65,10 +71,43 @@ def describe(config: Config, budgets: Sequence[str] = ()) -> dict[str, Any]:
     },
     "flops": {name: sum(row.flops for row in rows) for name, rows in columns.items()},
     "stages": stages,
+    "sizes": patch_sizes(config, model),
     "mesh": list(config.mesh),
     "mesh_counted": list(_counted(config.mesh)),
     "placement": placement(config, model),
   }
+
+
+def patch_sizes(config: Config, model: spec.Model) -> list[dict[str, Any]]:
+  """Every patch size with its tokens, what it has for itself, and its FLOPs at all
+  latents; `merged`: the last two where adapters are put into copies of their kernels.
+
+  Nothing where there is one size alone.
+  """
+  if model.sizes is None:
+    return []
+  shape, params = config.data.shape, denoiser.abstract_params(model)
+  merged = jax.eval_shape(lambda params: sizes.baked(model, params)[1], params)
+  out = []
+  for patch in spec.patches(model):
+    small, name = sizes.sized(model, patch), sizes.folder(patch)
+    row = {
+      "size": patch_text(patch),
+      "tokens": math.prod(spec.grid_of(small, shape)),
+      "parameters": _count(params["sizes"].get(name, {})),
+      "flops": flops.total(small, shape),
+    }
+    if model.sizes.rank:
+      row["merged"] = {
+        "parameters": _count(merged["sizes"].get(name, {})),
+        "flops": flops.total(dataclasses.replace(small, rank=0), shape),
+      }
+    out.append(row)
+  return out
+
+
+def _count(params: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def plans(
@@ -111,16 +150,18 @@ def matches(model: spec.Model) -> list[sharding.Match]:
 def placement(config: Config, model: spec.Model) -> list[dict[str, Any]]:
   """Every parameter with its rule, its axes and the bytes of it on one device.
 
-  Averages and both moments go the same way, so that each takes as much again.
+  Averages and both moments go the same way, so that each takes as much again; but of
+  what is not `trained` there are no moments.
   """
-  sizes = dict(zip(AXES, _counted(config.mesh), strict=True))
+  axes = dict(zip(AXES, _counted(config.mesh), strict=True))
   return [
     {
       "path": match.path,
       "shape": list(match.shape),
       "rule": match.rule,
       "axes": list(match.spec),
-      "bytes_per_device": 4 * math.prod(match.part(sizes)),
+      "bytes_per_device": 4 * math.prod(match.part(axes)),
+      "trained": re.search(config.optim.only, match.path) is not None,
     }
     for match in matches(model)
   ]
@@ -154,6 +195,7 @@ def table(description: dict[str, Any]) -> str:
   specs = [f"  {s['stage']}: {s['spec']}" for s in description["stages"]]
   pieces = [budgets[i : i + COLUMNS] for i in range(0, len(budgets), COLUMNS)]
   tables = [_columns(description, piece) for piece in pieces]
+  tables += [_sizes(description["sizes"])] if description["sizes"] else []
   priced = []
   for plan in description.get("plans", ()):
     priced.append(plan_table.text(plan["plan"], plan["phases"]))
@@ -166,10 +208,15 @@ def _placement(description: dict[str, Any]) -> str:
   rows: dict[str, list[dict[str, Any]]] = {}
   for row in description["placement"]:
     rows.setdefault(row["rule"], []).append(row)
-  total = sum(row["bytes_per_device"] for row in description["placement"])
+  found = description["placement"]
+  total = sum(row["bytes_per_device"] for row in found)
+  moving = sum(row["bytes_per_device"] for row in found if row["trained"])
+  rest = "and as much for each average and each of two moments"
+  if moving < total:
+    rest = f"as much for each average, {memory.size(moving)} for each of two moments"
   lines = [
     f"mesh (data, fsdp, tensor) = {tuple(description['mesh'])}: {memory.size(total)} "
-    "of parameters on a device, and as much for each average and each of two moments"
+    f"of parameters on a device, {rest}"
   ]
   # Copies along `data` are whole, however many.
   if -1 in description["mesh"][1:]:
@@ -178,13 +225,13 @@ def _placement(description: dict[str, Any]) -> str:
       f"  -1 depends on the machine, so that this is counted for {counted}: no device "
       "will hold more"
     )
-  for rule, found in rows.items():
+  for rule, matched in rows.items():
     lines.append(f"  rule {rule}")
     lines += [
       f"    {row['path']} {tuple(row['shape'])} -> "
       f"({', '.join(axis or '-' for axis in row['axes'])}), "
       f"{memory.size(row['bytes_per_device'])}"
-      for row in found
+      for row in matched
     ]
   return "\n".join(lines)
 
@@ -200,7 +247,26 @@ def _columns(description: dict[str, Any], shown: Sequence[str]) -> str:
     rows.append([stage["stage"], f"{stage['parameters']:,}", *tokens, *flops])
   total = [f"{description['flops'][b] / 1e9:.3f}" for b in shown]
   rows.append(["total", f"{description['parameters']:,}", *[""] * len(shown), *total])
-  widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+  rule, lines = _aligned(rows)
+  return "\n".join([rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _sizes(found: Sequence[dict[str, Any]]) -> str:
+  """The table of patch sizes; what they have for themselves is part of the total."""
+  head = ["patch size", "tokens", "its parameters", "GFLOPs"]
+  both = any("merged" in row for row in found)
+  rows = [[*head, *(["merged: its parameters", "GFLOPs"] if both else [])]]
+  for row in found:
+    costs = [row, *([row["merged"]] if both else [])]
+    cells = [(f"{c['parameters']:,}", f"{c['flops'] / 1e9:.3f}") for c in costs]
+    rows.append([row["size"], f"{row['tokens']:,}", *itertools.chain(*cells)])
+  rule, lines = _aligned(rows)
+  return "\n".join([rule, lines[0], rule, *lines[1:]])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
+  """A rule, and lines with their cells below each other."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   lines = [
     "  ".join(
       cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -208,5 +274,4 @@ def _columns(description: dict[str, Any], shown: Sequence[str]) -> str:
     )
     for row in rows
   ]
-  rule = "-" * len(lines[0])
-  return "\n".join([rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+  return "-" * len(lines[0]), lines

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import operator
 import os
 import pathlib
 import resource
@@ -31,6 +32,7 @@ from elit_jax import (
   preemption,
   roofline,
   sample,
+  trees,
 )
 from elit_jax import config as config_lib
 from elit_jax import rows as rows_lib
@@ -106,8 +108,7 @@ class Log:
     self._seconds = time.monotonic()
     self._waited = 0.0  # seconds of these for input
     self._fresh = 0  # steps since the last row that this process has timed
-    # Forward and backward: three forward passes.
-    self._price = lambda budget: 3e-9 * flops.total(model, config.data.shape, budget)
+    self._price = functools.partial(price, config, model)
 
   def wait(self, batches: Iterator[T]) -> T:
     """The next batch; the time until it is there counts as waiting for input."""
@@ -180,6 +181,23 @@ class Log:
 
 def _mean(values: Any) -> float:
   return math.fsum(values) / len(values)
+
+
+@functools.cache
+def price(config: Config, model: spec.Model, budget: Budget) -> float:
+  """GFLOPs of a training step for one image, recomputation left out.
+
+  Three forward passes: itself and the gradients of activations and of weights. Of the
+  last, what is trained has its share of the parameters. A teacher runs forward alone.
+  """
+  share, shape = 1.0, config.data.shape
+  if config.optim.only:
+    params = denoiser.abstract_params(model)
+    moving, _ = trees.split(params, config.optim.only)
+    counts = (sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (moving, params))
+    share = operator.truediv(*counts)
+  teacher = flops.total(model, shape) if config.flow.distill else 0
+  return 1e-9 * ((2 + share) * flops.total(model, shape, budget) + teacher)
 
 
 def peak_flops(dtype: str) -> float:

@@ -7,6 +7,7 @@ import elastic
 import jax
 import pytest
 
+from configs import base
 from elit_jax import config as config_lib
 from elit_jax import describe, memory, sharding
 from elit_jax.models import denoiser
@@ -70,3 +71,71 @@ def test_what_only_the_machine_knows_is_said(mesh, counted):
     f"-1 depends on the machine, so that this is counted for {counted}: no device will "
     "hold more"
   ) in describe.table(found)
+
+
+# --- patch sizes, and training of parts -----------------------------------------------
+
+
+def with_sizes(**flexi) -> config_lib.Config:
+  config = base.get_config()
+  config.data.shape = (16, 16, 1)
+  config.budgets = ("p4", "p8")
+  config.optim.only = "^sizes/"
+  config.flexi = base.flexi(("p4", "p8"), **flexi)
+  return config_lib.resolve(config)
+
+
+def cells(text: str, first: str) -> list[str]:
+  """Of the line that begins with a cell."""
+  (line,) = (x for x in text.splitlines() if re.match(rf"{first} +\d", x))
+  return line.split()
+
+
+def test_sizes_have_both_costs_of_their_adapters():
+  """By hand: width 32, four blocks, rank 4 on qkv, out, fc1 and fc2 of ratio 4."""
+  config = with_sizes(kernels="own", rank=4)
+  found = describe.describe(config)
+  text = describe.table(found)
+  first, *others = found["sizes"]
+  assert (first["size"], first["tokens"], first["parameters"]) == ("p2", 64, 0)
+  assert first["flops"] == first["merged"]["flops"]
+  layers, d, f, r = 4, 32, 128, 4
+  numbers = layers * r * ((d + 3 * d) + (d + d) + 2 * (d + f))
+  kernels = layers * (d * 3 * d + d * d + 2 * d * f)
+  for row, (side, tokens) in zip(others, ((4, 16), (8, 4)), strict=True):
+    # Patch in and out with their biases, two norms; merged ones have no vector.
+    own = side**2 * d + d + side**2 * d + side**2 + 2 * 2 * d
+    assert row["tokens"] == tokens
+    assert row["parameters"] == own + d + numbers
+    assert row["merged"]["parameters"] == own + kernels
+    assert row["flops"] - row["merged"]["flops"] == 2 * tokens * numbers
+    shown = [f"{x['flops'] / 1e9:.3f}" for x in (row, row["merged"])]
+    assert cells(text, row["size"])[1:] == [
+      str(tokens),
+      f"{row['parameters']:,}",
+      shown[0],
+      f"{row['merged']['parameters']:,}",
+      shown[1],
+    ]
+  # At its own budget a size costs what its column says.
+  assert {b: found["flops"][b] for b in ("p4", "p8")} == {
+    row["size"]: row["flops"] for row in others
+  }
+  stages = sum(stage["parameters"] for stage in found["stages"])
+  assert found["parameters"] == stages + sum(r["parameters"] for r in found["sizes"])
+
+
+def test_sizes_without_adapters_have_one_cost():
+  found = describe.describe(with_sizes())
+  assert [row["size"] for row in found["sizes"]] == ["p2", "p4", "p8"]
+  assert not any("merged" in row for row in found["sizes"])
+  assert "merged" not in describe.table(found)
+  assert described((8, 1, 1))["sizes"] == []
+
+
+def test_moments_are_of_what_is_trained():
+  found = describe.describe(with_sizes(kernels="own", rank=4))
+  rows = [row for row in found["placement"] if row["trained"]]
+  assert {row["path"].split("/")[0] for row in rows} == {"sizes"}
+  moving = memory.size(sum(row["bytes_per_device"] for row in rows))
+  assert f"each average, {moving} for each of two moments" in describe.table(found)

@@ -13,10 +13,10 @@ from cheap_training import bits, cheap_programs, mesh_of, raw_config
 
 from configs import base
 from elit_jax import config as config_lib
-from elit_jax import memory, sharding, train, trees
+from elit_jax import memory, monitor, sharding, train, trees
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
-from elit_jax.models import denoiser, sizes
+from elit_jax.models import denoiser, flops, sizes
 
 FIRST, OTHER = Budget(patch=(2, 2)), Budget(patch=(4, 4))
 ONLY = "^sizes/"
@@ -39,6 +39,7 @@ def make_config(**leaves) -> config_lib.Config:
       "optim__only": ONLY,
       "optim__lr": 1e-2,
       "optim__weight_decay": 0.1,
+      "optim__clip": 1e-3,
       "optim__ema": ("0.9", "power 0.2"),
       **leaves,
     }
@@ -124,8 +125,7 @@ def test_only_what_moves_has_moments(after):
 
 
 def test_the_norm_that_is_clipped_is_of_what_moves(before):
-  config = make_config(optim__clip=1e-3)
-  state, (metrics,) = run(config, before)
+  state, (metrics,) = run(make_config(), before)
   assert metrics["grad_norm"] > 1e-3
   # From zero moments the first is a tenth of the clipped gradient.
   np.testing.assert_allclose(optax.tree.norm(state["opt"][1].mu), 1e-4, rtol=1e-5)
@@ -195,7 +195,9 @@ def test_trained_adapters_are_merged_without_a_trace(after, merge):
 # --- distillation ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mse", "l2norm"])
+@pytest.mark.parametrize(
+  "name", ["mse", pytest.param("l2norm", marks=pytest.mark.slow)]
+)
 def test_distillation_brings_a_size_nearer_to_the_first(before, name):
   """And to nothing else: the sizes agree better after it, on samples never seen."""
   config = make_config(flow__distill=name, optim__weight_decay=0.0)
@@ -213,7 +215,7 @@ def test_distillation_brings_a_size_nearer_to_the_first(before, name):
 
 def test_the_teacher_is_the_network_itself_at_its_first_size(before):
   """The loss of a step is the distance of the two sizes at what the step draws."""
-  config = make_config(flow__distill="mse")
+  config = make_config(flow__distill="mse", optim__weight_decay=0.0)
   model = config_lib.build_model(config)
   _, (metrics,) = run(config, before)
   key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -278,3 +280,17 @@ def test_parts_are_joined_as_they_were():
     assert trees.joined(others, found) == tree
   assert trees.split(tree, "^a/") == ({"a": tree["a"]}, {"e": 3})
   assert math.prod(map(len, trees.split(tree, "no"))) == 0
+
+
+def test_the_price_of_a_step_is_of_what_it_computes():
+  """In forward passes: itself, activations' gradient, trained weights'; a teacher."""
+  config = make_config(flow__distill="mse", optim__weight_decay=0.0)
+  model, shape = config_lib.build_model(config), config.data.shape
+  params = denoiser.abstract_params(model)
+  part, _ = trees.split(params, ONLY)
+  counts = [sum(x.size for x in jax.tree.leaves(t)) for t in (part, params)]
+  weak, strong = (flops.total(model, shape, size) for size in (OTHER, FIRST))
+  wanted = (2 + counts[0] / counts[1]) * weak + strong
+  assert monitor.price(config, model, OTHER) == pytest.approx(1e-9 * wanted)
+  plain = make_config(optim__only="")
+  assert monitor.price(plain, model, OTHER) == pytest.approx(3e-9 * weak)
