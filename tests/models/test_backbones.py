@@ -379,7 +379,7 @@ def run_abstractly(model: spec.Model, shape: tuple[int, ...]) -> None:
       params,
       *(jax.ShapeDtypeStruct(*arg) for arg in args),
     )
-    assert out.prediction.shape == (2, *shape)
+    assert out.prediction.shape == (2, *shape[:-1], model.out_channels)
   sizes = {"data": 1, "fsdp": 8, "tensor": 2}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
