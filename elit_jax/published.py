@@ -1,6 +1,7 @@
 """What ELIT's paper and its kin print, beside what our models come to.
 
-`--mode=describe --table=elit`; others: `published_flexidit`. Nothing is run: all follows from the models' records.
+`--mode=describe --table=elit`; another table: `published_flexidit`. Nothing is run: all
+follows from the models' records.
 """
 
 import dataclasses
