@@ -1,9 +1,9 @@
 """What FlexiDiT's paper prints, beside what our models come to.
 
-`--mode=describe --table=flexidit`. Nothing is run: all follows from the models' records.
-Costs are counted by `flops`, which counts every product of a network: patches in and
-out, the embeddings of time and caption, all modulation, and of cross-attention queries
-and outputs on tokens of the image, keys and values on those of the text.
+`--mode=describe --table=flexidit`. Nothing is run: all follows from the records of the
+models. Costs are counted by `flops`, which counts every product of a network: patches
+in and out, the embeddings of time and caption, all modulation, and of cross-attention
+queries and outputs on tokens of the image, keys and values on those of the text.
 """
 
 import functools
@@ -21,19 +21,20 @@ ASSUMPTIONS = {
   "x / y": "the last x evaluations with the condition, and the last y without, of 250 "
   "each are at patch 2, all others at 4",
   "merged": "every size has a copy of the kernels with its adapters put in",
-  "unmerged": "adapters (rank 32 of PixArt, 64 of Emu) are two products more, at the "
-  "weak size alone",
+  "unmerged": "adapters (rank 32 of PixArt, 64 of Emu) are two products more in every "
+  "layer that has one, at the weak size alone",
   "120 text tokens": "of a caption, which goes through its MLP in every evaluation",
   "256 text tokens": "the same, of 256",
-  "no text": "no tokens of text are counted, queries and outputs of cross-attention are",
+  "no text": "no tokens of text are counted; queries and outputs of cross-attention "
+  "are",
   "Emu": "PixArt's blocks, 24 of width 2048, on 16 channels and captions 4096 wide: of "
   "this the paper gives the first two numbers",
   "rounded down": "to whole steps",
-  "new kernels": "patches in and out grow from 2 x 2 to 4 x 4 taps, of 4 and 8 channels",
+  "new kernels": "patches in and out, of 4 and 8 channels, grow from 2 x 2 to 4 x 4",
   "no norms": "patch-size embeddings, and no patch-size LayerNorms",
   "two norms": "patch-size embeddings, and LayerNorms behind the positions and before "
   "the final layer, of patch 4 alone",
-  "worked out": "the figure is worked out from the paper's text, which has bounds alone: "
+  "worked out": "the figure is worked out by hand; the paper prints bounds alone: "
   "0.005 % for embeddings and norms, 5 % for adapters",
   "without null": "without the 120 learned tokens of no caption",
 }

@@ -381,7 +381,7 @@ def test_a_caption(null: bool) -> None:
 
 
 def test_the_final_layer_has_a_table_and_the_time() -> None:
-  model, params = of_captions(null=False)
+  _, params = of_captions(null=False)
   module = embed.SharedUnembed((1, 1), 4, jnp.float64)
   x, c = drawn(BATCH, TOKENS, 16), drawn(BATCH, 7 * 16, seed=2)
   out = double.applied(module, params["unembed"], x, c)
