@@ -55,7 +55,9 @@ MODE = flags.DEFINE_string("mode", "train", f"What to do: {', '.join(MODES)}.")
 JSON = flags.DEFINE_bool("json", False, "describe: print JSON.")
 BUDGETS = flags.DEFINE_list("budgets", [], "describe: budgets, such as k1,k4,25%.")
 TABLE = flags.DEFINE_string(
-  "table", None, "describe: published figures beside ours (elit), without a config."
+  "table",
+  None,
+  "describe: published figures beside ours (elit, flexidit), without a config.",
 )
 SOURCE = flags.DEFINE_string(
   "source",
@@ -164,7 +166,7 @@ def _check_flags_of_mode() -> None:
 
 def _show_published(name: str) -> None:
   """Prints a table of published figures; the networks are those of the papers."""
-  from elit_jax import published
+  from elit_jax import comparison, published
 
   for other in ("config", "workdir", "budgets"):
     if flags.FLAGS[other].present:
@@ -173,7 +175,7 @@ def _show_published(name: str) -> None:
         "there: leave one of them out"
       )
   table = published.compare(name)
-  print(json.dumps(table) if JSON.value else published.text(table))
+  print(json.dumps(table) if JSON.value else comparison.text(table))
 
 
 def _compare(source: str | None) -> int:

@@ -1,6 +1,7 @@
 """What ELIT's paper and its kin print, beside what our models come to.
 
-`--mode=describe --table=elit`. Nothing is run: all follows from the models' records.
+`--mode=describe --table=elit`; another table: `published_flexidit`. Nothing is run: all
+follows from the models' records.
 """
 
 import dataclasses
@@ -11,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from elit_jax import comparison, published_flexidit
 from elit_jax.budget import Budget
+from elit_jax.comparison import Row, Section, Table, rounded
 from elit_jax.errors import lookup
 from elit_jax.models import denoiser, elastic, flops, presets, spec
 from elit_jax.models.layout import layouts
 from elit_jax.models.spec import Blocks, Model
-from elit_jax.plan_table import aligned
 
 # What is taken for granted where a figure comes out, by a short name.
 ASSUMPTIONS = {
@@ -51,29 +53,6 @@ ASSUMPTIONS = {
   "figure": "the published value is read off a figure",
   "both ends": "4 and 64 are counted, too",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A published figure and how ours comes about.
-
-  within: the relative difference at which they agree; 0: equal. taken: of ASSUMPTIONS.
-  """
-
-  what: str
-  published: float
-  compute: Callable[[], float]
-  within: float
-  taken: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-  """Rows of one unit; digits: behind the point of ours."""
-
-  title: str
-  digits: int
-  rows: tuple[Row, ...]
 
 
 # --- what is computed -----------------------------------------------------------------
@@ -203,11 +182,6 @@ def _step(*args: Any, **kwargs: Any) -> Callable[[], float]:
 
 def _count(*args: Any, **kwargs: Any) -> Callable[[], float]:
   return functools.partial(parameters, *args, **kwargs)
-
-
-def _rounded(published: float, digits: int) -> float:
-  """What rounding to so many digits does at most, as a relative difference."""
-  return 0.5 * 10**-digits / published
 
 
 def _three(
@@ -344,7 +318,7 @@ QWEN_COST = tuple(
     f"ELIT-Qwen, {share} of the latents",
     published,
     functools.partial(guided, latents),
-    _rounded(published, 2),
+    rounded(published, 2),
     ("8/44/8", "guided", "64 text tokens"),
   )
   for share, latents, published in (
@@ -429,8 +403,8 @@ COUNTS = (
   Row("budgets, 256 px", 16, functools.partial(len, every(256)), 0),
   Row("budgets, 512 px", 60, functools.partial(len, every(512, 4)), 0, ("both ends",)),
 )
-TABLES: dict[str, tuple[Section, ...]] = {
-  "elit": (
+TABLE = Table(
+  (
     Section("TFLOPs of a training step, backbones of size XL/2", 2, TRAINING),
     Section("the same, read in another way", 2, READINGS),
     Section("parameters", 0, PARAMETERS),
@@ -439,52 +413,12 @@ TABLES: dict[str, tuple[Section, ...]] = {
     Section("per cent saved by cheap guidance", 1, SAVED),
     Section("GFLOPs of a forward pass, the synthetic experiment", 2, SPREAD),
     Section("counts", 0, COUNTS),
-  )
-}
+  ),
+  ASSUMPTIONS,
+)
+TABLES = {"elit": TABLE, "flexidit": published_flexidit.TABLE}
 
 
 def compare(name: str) -> dict[str, Any]:
   """All rows of a table with what is computed; ConfigError if there is no such one."""
-  sections = lookup(TABLES, name, "table")
-  rows = [_compared(section, row) for section in sections for row in section.rows]
-  return {"table": name, "rows": rows, "assumptions": ASSUMPTIONS}
-
-
-def _compared(section: Section, row: Row) -> dict[str, Any]:
-  computed = row.compute()
-  difference = computed / row.published - 1
-  return {
-    "section": section.title,
-    "what": row.what,
-    "published": row.published,
-    "computed": computed,
-    "difference_percent": 100 * difference,
-    "within_percent": 100 * row.within,
-    "agrees": abs(difference) <= row.within,
-    "assumptions": list(row.taken),
-  }
-
-
-def text(table: dict[str, Any]) -> str:
-  """A compared table for a terminal, what it takes for granted below it."""
-  digits = {section.title: section.digits for section in TABLES[table["table"]]}
-  rows = table["rows"]
-  cells = [
-    [
-      row["what"],
-      f"{row['published']:,.12g}",
-      f"{row['computed']:,.{digits[row['section']]}f}",
-      f"{row['difference_percent']:+.2f}",
-      "yes" if row["agrees"] else "no",
-    ]
-    for row in rows
-  ]
-  head, *drawn = aligned([["", "published", "computed", "%", "agrees"], *cells])
-  out = [f"{head}  assumption"]
-  for before, row, line in zip([None, *rows], rows, drawn, strict=False):
-    if before is None or before["section"] != row["section"]:
-      out += ["-" * len(head), row["section"]]
-    out.append(f"{line}  {', '.join(row['assumptions'])}".rstrip())
-  wide = max(map(len, table["assumptions"]))
-  legend = [f"  {name:{wide}}  {why}" for name, why in table["assumptions"].items()]
-  return "\n".join([*out, "-" * len(head), "assumptions", *legend])
+  return comparison.compared(name, lookup(TABLES, name, "table"))

@@ -33,8 +33,9 @@ RULES: tuple[tuple[str, tuple[str | EllipsisType | None, ...]], ...] = (
   (r"modulation\w*/linear/bias$", (..., None, TENSOR)),
   (r"(time|projector\w*)/fc\d/kernel$", (..., FSDP, None)),
   (r"(skip|(down|up)_\d+/linear|text/linear)/kernel$", (..., FSDP, None)),
-  (r"(pooled|guidance)/fc\d/kernel$", (..., FSDP, None)),
-  (r"(label|prompt|position)/table$|patch/kernel$", (..., FSDP)),
+  (r"(pooled|guidance|text)/fc\d/kernel$", (..., FSDP, None)),
+  (r"modulation/table$", (...,)),  # a few vectors
+  (r"(label|prompt|position|null)/table$|patch/kernel$", (..., FSDP)),
   (r"(read|write)/(query|slot_position|latent_position)$", (..., FSDP)),
   (r"unembed/linear/kernel$", (FSDP, ...)),
   (r"(bias|scale|lora_[ab])$", (...,)),  # adapters are small

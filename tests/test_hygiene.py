@@ -48,6 +48,7 @@ NEVER: dict[str, frozenset[str]] = {
   "config": ENTRY_POINTS,
   "describe": ENTRY_POINTS,
   "published": ENTRY_POINTS,
+  "published_flexidit": ENTRY_POINTS,
   "doctor": ENTRY_POINTS,
   "rows": ENTRY_POINTS,
   "evaluator": ENTRY_POINTS - {"sample"},

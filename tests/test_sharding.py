@@ -233,6 +233,7 @@ def test_every_rule_is_used_and_the_first_match_wins():
     config_lib.build_model(make_config(**CASES["elit"])),
     *(presets.preset(f"{family}-B/2") for family in ("UViT", "HDiT", "MMDiT")),
     presets.flux(),
+    presets.pixart(),
   ]
   used = {match.rule for model in models for match in describe.matches(model)}
   taps = r"(time|projector\w*)/fc\d/kernel$"

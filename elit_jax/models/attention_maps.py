@@ -9,7 +9,7 @@ from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.models import spec
 from elit_jax.models.spec import Model, Read
-from elit_jax.models.stages import Params, Stream
+from elit_jax.models.stages import Params, Stream, own_condition
 from elit_jax.nn.attention import CrossAttention
 from elit_jax.nn.latent_interface import group_tokens
 from elit_jax.nn.linear import linear
@@ -35,7 +35,7 @@ def read_attention(
   shift, scale, *_ = (
     chunk_B1D[:, None]
     for chunk_B1D in Modulation(read.chunks, width, dtype).apply(
-      {"params": params["modulation"]}, stream.c
+      {"params": params["modulation"]}, own_condition(model, stream)
     )
   )
   tokens_BGND = modulate(layer_norm(tokens_BGND), shift, scale)

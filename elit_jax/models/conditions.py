@@ -9,6 +9,8 @@ from flax import linen as nn
 
 from elit_jax.models.spec import Model
 from elit_jax.nn import embed
+from elit_jax.nn.linear import normal
+from elit_jax.nn.modulation import Modulation
 from elit_jax.nn.position import timestep_features
 
 Params = Mapping[str, Any]
@@ -16,12 +18,14 @@ Params = Mapping[str, Any]
 
 class Prompt(NamedTuple):
   """What an encoder gives for a batch: tokens (B, M, E), one pooled vector (B, P) and
-  the scale of a distilled guidance (B,), where the network takes them.
+  the scale of a distilled guidance (B,), where the network takes them. dropped (B,):
+  whether a learned prompt stands in for it; None: nowhere.
   """
 
   tokens: jax.Array
   pooled: jax.Array | None = None
   guidance: jax.Array | None = None
+  dropped: jax.Array | None = None
 
 
 # What a network is asked for: labels (B,), or prompts.
@@ -34,7 +38,9 @@ class Condition(NamedTuple):
   parts: Linen modules by their place in the parameters. time: embedding (B, D) in fp32
   of times on the network's clock. run: to the condition of its blocks (B, D) and tokens
   beside those of the sample (B, M, D), or None. tokens: how many, M. flops: of parts
-  and run, for one sample. unembed: from tokens to patches; modulated: whether by c.
+  and run, for one sample. unembed: from tokens to patches; modulated: whether by a
+  linear layer on c. takes: fields of a `Text` that mean something; None: it has no
+  text. shared: chunks of modulation (B, shared D) that follow on D in the condition.
   """
 
   parts: Callable[[Model], dict[str, nn.Module]]
@@ -44,9 +50,11 @@ class Condition(NamedTuple):
   flops: Callable[[Model], int]
   unembed: type[nn.Module] = embed.Unembed
   modulated: bool = True
+  takes: tuple[str, ...] | None = None
+  shared: int = 0
 
 
-def _apply(model: Model, params: Params, name: str, *args: jax.Array) -> jax.Array:
+def _apply(model: Model, params: Params, name: str, *args: jax.Array) -> Any:
   part = CONDITIONS[model.condition].parts(model)[name]
   return part.apply({"params": params[name]}, *args)
 
@@ -138,6 +146,48 @@ def _text_flops(model: Model) -> int:
   return _time_flops(model) * (2 if text.guidance else 1) + pooled + prompt
 
 
+# --- caption (PixArt-alpha): tokens that blocks look at, modulation that they share ---
+
+SHARED = 6  # shift, scale and gate, of attention and of the MLP
+
+
+def _caption_parts(model: Model) -> dict[str, nn.Module]:
+  text, d, dtype = model.text, model.width, jnp.dtype(model.compute.dtype)
+  assert text is not None
+  parts: dict[str, nn.Module] = {"time": embed.TimeEmbed(d)}
+  parts["modulation"] = Modulation(SHARED, d, dtype, normal)
+  parts["text"] = embed.CaptionEmbed(d, dtype)
+  if text.table:
+    parts["prompt"] = embed.PromptTable(model.classes, text.tokens, text.width)
+  if text.null:
+    parts["null"] = embed.NullCaption(text.tokens, text.width)
+  return parts
+
+
+def _captions(
+  model: Model, params: Params, time_BD: jax.Array, cond: Cond
+) -> tuple[jax.Array, jax.Array]:
+  """The condition is the time's embedding, and what blocks share, made of it."""
+  assert model.text is not None
+  if model.text.table:
+    assert not isinstance(cond, Prompt)
+    cond = Prompt(_apply(model, params, "prompt", cond))
+  assert isinstance(cond, Prompt)
+  tokens = cond.tokens
+  if cond.dropped is not None:
+    tokens = _apply(model, params, "null", tokens, cond.dropped)
+  shared = [x_B1D[:, 0] for x_B1D in _apply(model, params, "modulation", time_BD)]
+  c_BC = jnp.concatenate([time_BD, *shared], axis=-1)
+  return c_BC, _apply(model, params, "text", tokens)
+
+
+def _caption_flops(model: Model) -> int:
+  text, d = model.text, model.width
+  assert text is not None
+  caption = 2 * text.tokens * (text.width * d + d * d)
+  return _time_flops(model) + 2 * SHARED * d * d + caption
+
+
 CONDITIONS: dict[str, Condition] = {
   "modulation": Condition(
     _label_parts, _learned_time, _sum, tokens=lambda model: 0, flops=_time_flops
@@ -157,8 +207,25 @@ CONDITIONS: dict[str, Condition] = {
     _prompts,
     tokens=lambda model: model.text.tokens if model.text else 0,
     flops=_text_flops,
+    takes=("norm", "pooled", "guidance", "table"),
+  ),
+  "caption": Condition(
+    _caption_parts,
+    _learned_time,
+    _captions,
+    tokens=lambda model: model.text.tokens if model.text else 0,
+    flops=_caption_flops,
+    unembed=embed.SharedUnembed,
+    modulated=False,
+    takes=("table", "null"),
+    shared=SHARED,
   ),
 }
+
+
+def empty(model: Model) -> jax.Array:
+  """A condition of blocks (1, C), of zeros."""
+  return jnp.zeros((1, model.width * (1 + CONDITIONS[model.condition].shared)))
 
 
 def extra_tokens(model: Model) -> int:
@@ -175,6 +242,7 @@ def example(model: Model, batch: int) -> Cond:
     jnp.zeros((batch, text.tokens, text.width)),
     jnp.zeros((batch, text.pooled)) if text.pooled else None,
     jnp.zeros((batch,)) if text.guidance else None,
+    jnp.zeros((batch,), bool) if text.null else None,
   )
 
 
@@ -186,8 +254,10 @@ def part_inputs(model: Model) -> dict[str, tuple[jax.Array, ...]]:
     "label": (jnp.zeros((1,), jnp.int32),),
     "prompt": (jnp.zeros((1,), jnp.int32),),
     "guidance": (jnp.zeros((1,)),),
+    "modulation": (jnp.zeros((1, model.width)),),
   }
   if text is not None:
     inputs["text"] = (jnp.zeros((1, 1, text.width)),)
+    inputs["null"] = (*inputs["text"], jnp.zeros((1,), bool))
     inputs["pooled"] = (jnp.zeros((1, max(text.pooled, 1))),)
   return inputs

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 
 from elit_jax.budget import Budget
 from elit_jax.models import sizes, spec
-from elit_jax.models.conditions import CONDITIONS, Cond, extra_tokens, part_inputs
+from elit_jax.models.conditions import (
+  CONDITIONS,
+  Cond,
+  empty,
+  extra_tokens,
+  part_inputs,
+)
 from elit_jax.models.layout import Layout, axis_positions
 from elit_jax.models.packing import Rows, fitting
 from elit_jax.models.spec import Model, Read, find, kept, learns_variance, seams
@@ -68,10 +74,9 @@ def init(model: Model, key: jax.Array) -> Params:
 
 def _init(model: Model, key: jax.Array) -> Params:
   """Of a model of one patch size."""
-  c = jnp.zeros((1, model.width))
   inputs = part_inputs(model) | {
     "patch": (jnp.zeros((1, *model.patch, model.channels)),),
-    "unembed": (c[:, None], c),
+    "unembed": (jnp.zeros((1, 1, model.width)), empty(model)),
     "position": (),
   }
   params = {

@@ -163,7 +163,8 @@ def _stage(
     case Blocks():
       m = extra_tokens(model) * count
       spent = _blocks(stage, c, d, n, m, count)
-      seen = n + m if KINDS[stage.kind].sees_text else n
+      kind = KINDS[stage.kind]
+      seen = n + m if kind.sees_text and kind.joins_text else n
       return Spent(spent.linear + _adapters(model, stage, d, seen), spent.other)
     case Down() | Up():
       # On the coarse side: as many numbers in as the fine tokens have, or out.
@@ -221,11 +222,17 @@ def _single(n: int, m: int, d: int, f: int, c: int, s: int) -> tuple[int, int, i
   return (n + m) * (8 * d * d + 4 * d * f), 4 * (n + m) ** 2 * d, 6 * c * d * s
 
 
+def _cross(n: int, m: int, d: int, f: int, c: int, s: int) -> tuple[int, int, int]:
+  linear = n * (12 * d * d + 4 * d * f) + 4 * m * d * d
+  return linear, 4 * n * (n + m) * d, 0
+
+
 BLOCKS: dict[str, Callable[..., tuple[int, int, int]]] = {
   "adaln": _adaln,
   "prenorm": _prenorm,
   "dual": _dual,
   "single": _single,
+  "cross": _cross,
 }
 
 

@@ -9,7 +9,17 @@ from elit_jax.errors import ConfigError, lookup
 from elit_jax.models import spec
 from elit_jax.models.conditions import CONDITIONS, extra_tokens
 from elit_jax.models.sizes import sized
-from elit_jax.models.spec import Blocks, Down, Grid, Model, Read, Tap, Up, Write
+from elit_jax.models.spec import (
+  Blocks,
+  Down,
+  Grid,
+  Model,
+  Read,
+  Tap,
+  Text,
+  Up,
+  Write,
+)
 from elit_jax.nn.attention import NORMS
 from elit_jax.nn.blocks import BLOCKS
 from elit_jax.nn.latent_interface import READS, WRITES
@@ -39,7 +49,8 @@ def _blamed_on(model: Model) -> Iterator[None]:
 
 def check_joined(model: Model, strong: Budget, weak: Budget) -> None:
   """Raises ConfigError where two budgets cannot share a run of the core."""
-  if model.sizes and model.sizes.rank and strong.patch != weak.patch:
+  own = model.sizes is not None and (model.sizes.rank > 0 or model.sizes.merged)
+  if own and strong.patch != weak.patch:
     raise ConfigError(
       f"budgets {strong} and {weak} have adapters of their own, so that their tokens "
       "cannot share rows: run their guidance by 'auto' or 'calls'"
@@ -79,11 +90,14 @@ def _validate_entrance(model: Model, grid: Grid) -> None:
       f"learned positions are for a token grid of {model.grid}, not of {grid}"
     )
   lookup(CONDITIONS, model.condition, "condition")
-  if (model.condition == "text") != (model.text is not None):
+  takes = CONDITIONS[model.condition].takes
+  if (takes is not None) != (model.text is not None):
     raise ConfigError(
       f"a network with the condition {model.condition!r} "
       f"{'needs a text' if model.text is None else 'has no use for its text'}"
     )
+  if takes is not None and model.text is not None:
+    _validate_text(model.condition, model.text, takes)
   kinds = {stage.kind for stage in model.trunk if isinstance(stage, Blocks)}
   seeing = sorted(kind for kind, block in BLOCKS.items() if block.sees_text)
   tokens = extra_tokens(model)
@@ -96,6 +110,20 @@ def _validate_entrance(model: Model, grid: Grid) -> None:
     raise ConfigError(
       f"blocks of kind {', '.join(sorted(kinds & set(seeing)))} take tokens of text "
       "or of the condition, of which this network has none"
+    )
+
+
+def _validate_text(condition: str, text: Text, takes: Sequence[str]) -> None:
+  options = ("norm", "pooled", "guidance", "table", "null")
+  for name in options:
+    if getattr(text, name) and name not in takes:
+      raise ConfigError(
+        f"the condition {condition!r} has no use for the text's {name} = "
+        f"{getattr(text, name)}: it takes {', '.join(takes)}"
+      )
+  if text.table and text.null:
+    raise ConfigError(
+      "a text with a table has a row for the null label, and no other null"
     )
 
 
@@ -117,7 +145,12 @@ def _validate_order(model: Model) -> None:
 def _validate_blocks(model: Model, stage: Blocks) -> None:
   if stage.count < 1:
     raise ConfigError(f"a stage has at least one block, not {stage.count}")
-  lookup(BLOCKS, stage.kind, "kind of block")
+  kind = lookup(BLOCKS, stage.kind, "kind of block")
+  if kind.shared != (shared := CONDITIONS[model.condition].shared):
+    raise ConfigError(
+      f"the condition {model.condition!r} holds {shared} chunks of modulation that "
+      f"blocks share, and blocks of kind {stage.kind!r} take {kind.shared}"
+    )
   lookup(NORMS, stage.qk_norm, "QK-norm")
   if stage.mlp_ratio <= 0:
     raise ConfigError(f"an MLP is wider than nothing: its ratio is {stage.mlp_ratio}")
@@ -168,6 +201,17 @@ class _Walk:
     return self.latents, self.cells, self.scale
 
   def blocks(self, stage: Blocks, first: int) -> None:
+    kind = BLOCKS[stage.kind]
+    if kind.shared and self.scale > 1:
+      raise ConfigError(
+        f"blocks of kind {stage.kind!r} share their modulation, which is not as wide "
+        f"as their tokens, {self.scale} times the model's width behind Down"
+      )
+    if (stage.push or stage.pop) and not kind.joins_text:
+      raise ConfigError(
+        f"long skips take text along, which blocks of kind {stage.kind!r} leave as it "
+        "is: use blocks of another kind, or none that push and pop"
+      )
     for number in range(first, first + stage.count):
       if stage.pop:
         self.take(number)

@@ -156,6 +156,26 @@ def flux(tokens: int = 512, *, guidance: bool = True) -> Model:
   return mmdit(Size(57, 3072, 24), text=text, dual=19, **_PACKED)
 
 
+def captioned(
+  size: Size, patch: Grid = (2, 2), text: Text = TOY_TEXT, **fields: Any
+) -> Model:
+  """PixArt-alpha's: blocks share their modulation, and attend to text that stays."""
+  form, rest = _split({"kind": "cross", **fields})
+  own = {"condition": "caption", "text": text}
+  return _model(size, patch, _blocks(size.depth, form), own | rest)
+
+
+def pixart(tokens: int = 120, *, null: bool = True, **fields: Any) -> Model:
+  """PixArt-alpha XL/2 by its shapes: 610,856,096 parameters, and the null caption's.
+
+  tokens: of a caption; T5's, 4096 wide. null: whether the network has the caption that
+  stands for none, which is 491,520 parameters more. fields: as those of `captioned`.
+  """
+  text = Text(tokens, 4096, null=null)
+  own = {"out_channels": 8, "prediction": "noise", "time": Time(scale=1000.0)}
+  return captioned(SIZES["XL"], text=text, **{**own, **fields})
+
+
 def _split(fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   """Fields of blocks, and of the model."""
   known = {field.name for field in dataclasses.fields(Blocks)} - {"count"}
@@ -214,6 +234,7 @@ FAMILIES = {
   ),
   "OriginalUViT": Family(original_uvit, 1, "noise", Time(scale=1000.0)),
   "MMDiT": Family(mmdit, 1, "velocity"),
+  "PixArt": Family(captioned, 2, "noise", Time(scale=1000.0)),
 }
 # Where positions of tokens come from, by the name that a config gives it.
 POSITIONS: dict[str, dict[str, Any]] = {

@@ -13,14 +13,13 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from elit_jax import trees
 from elit_jax.budget import Grid, patch_text
 from elit_jax.errors import ConfigError
 from elit_jax.models import spec
@@ -264,29 +263,51 @@ def _own(model: Model, params: Params, patch: Grid, key: jax.Array) -> Params:
     kernels = _enlarged(params, model.patch, patch)
     out["patch"] = kernels["patch"]
     out["unembed"] = {"linear": kernels["unembed"]["linear"]}
-  if sizes.rank and other:
+  if (sizes.rank or sizes.merged) and other:
     out |= _adapters(model, params, fold(key, folder(patch)))
   return out
 
 
 def _adapters(model: Model, params: Params, key: jax.Array) -> Params:
-  """`lora_a`, random, and `lora_b`, zero, of every adapted layer."""
-  assert model.sizes is not None
-  out: Params = {}
+  """Of every layer of blocks that a size adapts: `lora_a`, random, and `lora_b`, zero,
+  or a kernel of its own where they are merged.
+  """
+  sizes = model.sizes
+  assert sizes is not None
   columns = zip(
     model.trunk, spec.names(model.trunk), spec.firsts(model.trunk), strict=True
   )
+  out = {}
   for stage, name, first in columns:
-    if not isinstance(stage, Blocks):
-      continue
-    for path, kernel in trees.by_path(params[name]).items():
-      layer = path.removesuffix("/kernel")
-      inputs = next((n for rule, n in ADAPTED if re.search(rule, layer)), 0)
-      if layer != path and inputs:
-        blocks = range(first, first + stage.count)
-        pair = _adapter(kernel, inputs, model.sizes.rank, fold(key, layer), blocks)
-        out = overlaid(out, _nested((name, *layer.split("/")), pair))
+    if isinstance(stage, Blocks):
+      blocks = range(first, first + stage.count)
+
+      def made(
+        path: str, inputs: int, kernel: jax.Array, blocks: range = blocks
+      ) -> Params:
+        if sizes.merged:
+          return {"kernel": kernel}
+        return _adapter(kernel, inputs, sizes.rank, fold(key, path), blocks)
+
+      out[name] = _adapted(params[name], made)
   return out
+
+
+def _adapted(
+  layers: Mapping[str, Any],
+  made: Callable[[str, int, jax.Array], Params],
+  path: str = "",
+) -> Params:
+  """What is made of the adapted layers below a path within blocks."""
+  inputs = next((n for rule, n in ADAPTED if re.search(rule, path)), 0)
+  if inputs:
+    return made(path, inputs, layers["kernel"])
+  found = {
+    name: _adapted(part, made, f"{path}/{name}" if path else name)
+    for name, part in layers.items()
+    if isinstance(part, Mapping)
+  }
+  return {name: part for name, part in found.items() if part}
 
 
 def _adapter(
@@ -298,12 +319,6 @@ def _adapter(
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.asarray(blocks))
   a = jax.vmap(lambda key: draw(key, (*ins, rank)))(keys)
   return {"lora_a": a, "lora_b": jnp.zeros((len(blocks), rank, *outs))}
-
-
-def _nested(path: Sequence[str], leaf: Any) -> Params:
-  for name in reversed(path):
-    leaf = {name: leaf}
-  return leaf
 
 
 # --- for inference --------------------------------------------------------------------
@@ -329,7 +344,10 @@ def baked(model: Model, params: Params, *, merge: bool = True) -> tuple[Model, P
       part[name] = merged(whole[name], mine[name]) if merge else mine[name]
     own[folder(patch)] = part
   first = laid(model, params)
-  made = dataclasses.replace(sizes, kernel=(), embedding=False, rank=rank)
+  own_blocks = sizes.merged or (merge and sizes.rank > 0)
+  made = dataclasses.replace(
+    sizes, kernel=(), embedding=False, rank=rank, merged=own_blocks
+  )
   return dataclasses.replace(model, sizes=made), first | {"sizes": own}
 
 

@@ -14,7 +14,7 @@ from elit_jax.errors import ConfigError
 
 Prediction = Literal["velocity", "noise"]
 QKNorm = Literal["none", "head_ln", "head_rms", "full_rms"]
-BlockKind = Literal["adaln", "prenorm", "dual", "single"]
+BlockKind = Literal["adaln", "prenorm", "dual", "single", "cross"]
 Positions = Literal["sincos", "learned", "none"]
 
 
@@ -128,7 +128,8 @@ class Text:
   tokens: of a prompt. width: of each as an encoder gives it. norm: RMS norm before its
   projection (Qwen-Image). pooled: width of one vector for the whole prompt; 0: none.
   guidance: the scale of a distilled guidance is embedded as times are (FLUX dev).
-  table: no encoder; every class has learned tokens of its own.
+  table: no encoder; every class has learned tokens of its own. null: so has a prompt
+  that is left out (PixArt-alpha).
   """
 
   tokens: int
@@ -137,6 +138,7 @@ class Text:
   pooled: int = 0
   guidance: bool = False
   table: bool = False
+  null: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,8 @@ class Sizes:
   of all sizes are made; (): every size has kernels of its own. embedding: a vector of
   each size is added to its tokens. norm: tokens of these sizes are normed behind the
   positions and before the final layer. rank: of adapters (LoRA) that each of these
-  sizes has in attention and MLPs; 0: none. center: a token stands in the middle of its
-  patch, else at its first corner.
+  sizes has in attention and MLPs; 0: none. merged: each has these layers for itself.
+  center: a token stands in the middle of its patch, else at its first corner.
   """
 
   patches: tuple[Grid, ...]
@@ -157,6 +159,7 @@ class Sizes:
   norm: bool = True
   rank: int = 0
   center: bool = False
+  merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ class Model:
   learned variance where noise is predicted; SiT kept them without a use: beside a
   velocity they are computed and set aside. condition: how time and label enter, see
   `conditions.CONDITIONS`. positions: the absolute table that is added to tokens;
-  grid: that a learned one is for, else (). text: that of the condition "text".
+  grid: that a learned one is for, else (). text: of a condition that has prompts.
   sizes: other sizes of patches. raster, normed, rank: of one of these on its own, which
   `sizes.sized` makes: where its tokens stand, whether they are normed, its adapters.
   """
@@ -208,7 +211,7 @@ class Model:
   prediction: Prediction = "velocity"
   time: Time = Time()
   compute: Compute = Compute()
-  condition: Literal["modulation", "tokens", "text"] = "modulation"
+  condition: Literal["modulation", "tokens", "text", "caption"] = "modulation"
   positions: Positions = "sincos"
   grid: Grid = ()
   text: Text | None = None

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from elit_jax.budget import Budget
+from elit_jax.models.conditions import empty
 from elit_jax.models.layout import Layout
 from elit_jax.models.packing import Rows
 from elit_jax.models.spec import (
@@ -57,13 +58,14 @@ class Stream:
   """What flows from stage to stage.
 
   x: tokens (B, N, D); between Read and Write the kept latents (B, G J, D), group by
-  group. c: condition (B, D). grid: of the tokens, which latents leave as it is. text:
-  tokens beside x (B, M, D). patches, latents: between Read and Write the grouped tokens
-  (B, G, n, D) and all latents of Read (B, G, J, D). skips: outputs of blocks
-  (L, B, N, D), the last on top, text before x. taps: REPA projections. layouts: of the
-  S sequences that lie one after the other in x; where several are packed, each has its
-  own condition, and c is (B, S, D). rows: how two sequences of every sample lie in rows
-  instead, of which x and all beside it have R in place of B.
+  group. c: condition (B, C), C = D but where blocks share more of it. grid: of the
+  tokens, which latents leave as it is. text: tokens beside x (B, M, D). patches,
+  latents: between Read and Write the grouped tokens (B, G, n, D) and all latents of
+  Read (B, G, J, D). skips: outputs of blocks (L, B, N, D), the last on top, text before
+  x. taps: REPA projections. layouts: of the S sequences that lie one after the other in
+  x; where several are packed, each has its own condition, and c is (B, S, C). rows: how
+  two sequences of every sample lie in rows instead, of which x and all beside it have R
+  in place of B.
   """
 
   x: jax.Array
@@ -177,7 +179,7 @@ def _init_blocks(
   model: Model, stage: Blocks, first: int, scale: int, key: jax.Array
 ) -> Params:
   module, width = _block(model, stage, scale), model.width * scale
-  x, c = jnp.zeros((1, 1, width)), jnp.zeros((1, model.width))
+  x, c = jnp.zeros((1, 1, width)), empty(model)
 
   def one(key: jax.Array) -> Params:
     params = module.init(key, x, x, c)["params"]
@@ -213,7 +215,7 @@ def run_stage(
     case Read():
       count = computed(model, stage, budget)
       latents, patches = _read(model, stage, scale).apply(
-        {"params": params}, stream.x, stream.c, stream.grid, count
+        {"params": params}, stream.x, own_condition(model, stream), stream.grid, count
       )
       stream = dataclasses.replace(stream, patches=patches, latents=latents)
       return keep(model, stage, stream, budget)
@@ -234,6 +236,11 @@ def run_stage(
         for i, features in enumerate(stage.features)
       )
       return dataclasses.replace(stream, taps=stream.taps + taps)
+
+
+def own_condition(model: Model, stream: Stream) -> jax.Array:
+  """c (B, D) without the modulation that blocks share, if any."""
+  return stream.c[..., : model.width]
 
 
 def keep(model: Model, read: Read, stream: Stream, budget: Budget) -> Stream:

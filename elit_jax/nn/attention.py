@@ -441,6 +441,29 @@ class JointAttention(nn.Module):
     return x_BND, linear(x_BND.shape[-1], name="text_out", **kwargs)(text_BMAK)
 
 
+class TextAttention(nn.Module):
+  """Multi-head attention from x (B, N, D) to text (B, M, D), which stays as it is
+  (PixArt-alpha); silent at initialisation. ids: of x and of text, see `attention`.
+  """
+
+  heads: int
+  dtype: Any = jnp.float32
+  backend: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self, x_BND: jax.Array, text_BMD: jax.Array, ids: Segments | None = None
+  ) -> jax.Array:
+    width = x_BND.shape[-1]
+    head = (self.heads, width // self.heads)
+    q_BNAK = linear(head, name="q", dtype=self.dtype)(x_BND)
+    kv_BM2AK = linear((2, *head), name="kv", dtype=self.dtype)(text_BMD)
+    k_BMAK, v_BMAK = kv_BM2AK[:, :, 0], kv_BM2AK[:, :, 1]
+    out_BNAK = attention(q_BNAK, k_BMAK, v_BMAK, ids, self.backend)
+    out = linear(width, name="out", dtype=self.dtype, inputs=2, init=zeros)
+    return out(out_BNAK)
+
+
 class CrossAttention(nn.Module):
   """Multi-head cross-attention with full-width RMS norms on queries and keys (ELIT).
 

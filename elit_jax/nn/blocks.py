@@ -3,7 +3,8 @@
 All are called alike: x (B, N, D), text (B, M, D) or None, condition c (B, C), and the
 angles (N, P) by which RoPE rotates, or None. With `segments`, the lengths of S
 sequences that make up N, each attends to itself alone under its own condition, c
-(B, S, C), and to its own text, which are S parts of M of equal lengths.
+(B, S, C), and to its own text, which are S parts of M of equal lengths. C is D, and as
+much again for every chunk of modulation that blocks share.
 """
 
 import dataclasses
@@ -17,7 +18,13 @@ from flax import linen as nn
 
 from elit_jax.nn import attention
 from elit_jax.nn.mlp import Mlp
-from elit_jax.nn.modulation import Modulation, affine_norm, layer_norm, modulate
+from elit_jax.nn.modulation import (
+  Modulation,
+  SharedModulation,
+  affine_norm,
+  layer_norm,
+  modulate,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,10 +59,14 @@ Both = tuple[jax.Array, jax.Array | None]
 class Fields(nn.Module):
   """What all blocks are told, and the two layers that they are made of.
 
-  sees_text: whether text enters its attention, or passes by.
+  sees_text: whether text enters its attention, or passes by. joins_text: whether text
+  that it sees is part of its sequence, so that all its layers run on it. shared: chunks
+  of modulation that it takes from the condition.
   """
 
   sees_text: ClassVar[bool] = True
+  joins_text: ClassVar[bool] = True
+  shared: ClassVar[int] = 0
 
   heads: int
   mlp_ratio: float = 4.0
@@ -184,12 +195,51 @@ class SingleBlock(Fields):
     return part(h_BLD + gate * y_BLD.astype(jnp.float32), text_BMD)
 
 
+class CrossBlock(Fields):
+  """PixArt-alpha's block: attention, a look at the text, and an MLP (fig. 4).
+
+  Modulation is shared by all blocks, but for a table of its own; cross-attention has
+  neither norm nor gate. Text stays as it is. c: D that it has no use for, and 6 D.
+  """
+
+  joins_text: ClassVar[bool] = False
+  shared: ClassVar[int] = 6
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BND: jax.Array,
+    text_BMD: jax.Array | None,
+    c: jax.Array,
+    segments: Segments = None,
+    angles_NP: np.ndarray | None = None,
+  ) -> Both:
+    assert text_BMD is not None
+    width = x_BND.shape[-1]
+    modulation = SharedModulation(self.shared, width, name="modulation")
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation(
+      c[..., width:], segments
+    )
+    attn, mlp = self.attention(), self.mlp(width)
+    look = attention.TextAttention(
+      self.heads, self.dtype, self.backend, name="cross_attn"
+    )
+    ids, text_ids = _ids(x_BND, segments), _ids(text_BMD, _texts(text_BMD, segments))
+    both = (ids[0], text_ids[1]) if ids and text_ids else None
+    y_BND = attn(modulate(layer_norm(x_BND), shift_a, scale_a), ids, angles_NP)
+    x_BND = x_BND + gate_a * y_BND.astype(jnp.float32)
+    x_BND = x_BND + look(x_BND, text_BMD, both).astype(jnp.float32)
+    y_BND = mlp(modulate(layer_norm(x_BND), shift_m, scale_m))
+    return x_BND + gate_m * y_BND.astype(jnp.float32), text_BMD
+
+
 # By the name that a stage has for them.
 BLOCKS: dict[str, type[Fields]] = {
   "adaln": Block,
   "prenorm": PreNormBlock,
   "dual": DualBlock,
   "single": SingleBlock,
+  "cross": CrossBlock,
 }
 
 

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from elit_jax.nn.linear import linear, normal, xavier, zeros
-from elit_jax.nn.modulation import Modulation, affine_norm, layer_norm, modulate
+from elit_jax.nn.modulation import (
+  Modulation,
+  SharedModulation,
+  affine_norm,
+  layer_norm,
+  modulate,
+)
 from elit_jax.nn.partition import whole
 from elit_jax.nn.position import timestep_features
 
@@ -133,6 +139,34 @@ class PromptTable(nn.Module):
     return rows.reshape(-1, self.tokens, self.width)
 
 
+class CaptionEmbed(nn.Module):
+  """Tokens of a caption (B, M, E) to (B, M, D) by an MLP, GELU-tanh (PixArt-alpha)."""
+
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, text_BME: jax.Array) -> jax.Array:
+    kwargs = {"dtype": self.dtype, "init": normal}
+    hidden = nn.gelu(linear(self.width, name="fc1", **kwargs)(text_BME))
+    return linear(self.width, name="fc2", **kwargs)(hidden).astype(jnp.float32)
+
+
+class NullCaption(nn.Module):
+  """Learned tokens (M, E) in the place of those of a caption (B, M, E) that is left out
+  (B,): PixArt-alpha.
+  """
+
+  tokens: int
+  width: int
+
+  @nn.compact
+  def __call__(self, text_BME: jax.Array, dropped_B: jax.Array) -> jax.Array:
+    init = nn.initializers.normal(self.width**-0.5)
+    table_ME = self.param("table", init, (self.tokens, self.width))
+    return jnp.where(dropped_B[:, None, None], whole(table_ME)[None], text_BME)
+
+
 class VectorEmbed(nn.Module):
   """One vector (B, E) to (B, D): Linear, SiLU, Linear; fp32 (FLUX's pooled text)."""
 
@@ -171,6 +205,25 @@ class Unembed(nn.Module):
   def __call__(self, x_BND: jax.Array, c_BD: jax.Array) -> jax.Array:
     width = x_BND.shape[-1]
     shift, scale = Modulation(2, width, self.dtype, name="modulation")(c_BD)
+    out = linear(
+      (*self.patch, self.channels), name="linear", dtype=self.dtype, init=zeros
+    )(modulate(layer_norm(x_BND), shift, scale))
+    return out.reshape(*x_BND.shape[:2], -1).astype(jnp.float32)
+
+
+class SharedUnembed(nn.Module):
+  """`Unembed` with a table for its adaLN (PixArt-alpha), to whose two rows the first D
+  of c (B, C) are added.
+  """
+
+  patch: Sequence[int]
+  channels: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x_BND: jax.Array, c_BC: jax.Array) -> jax.Array:
+    width = x_BND.shape[-1]
+    shift, scale = SharedModulation(2, width, name="modulation")(c_BC[:, :width])
     out = linear(
       (*self.patch, self.channels), name="linear", dtype=self.dtype, init=zeros
     )(modulate(layer_norm(x_BND), shift, scale))

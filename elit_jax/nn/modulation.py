@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from elit_jax.nn.linear import linear, zeros
+from elit_jax.nn.linear import Init, linear, zeros
 from elit_jax.nn.partition import split_batch
 
 
@@ -55,7 +55,8 @@ def spread(x_BSD: jax.Array, segments: Sequence[int]) -> jax.Array:
 
 
 class Modulation(nn.Module):
-  """`chunks` modulation vectors from the condition: Linear(SiLU(c)), zero at init.
+  """`chunks` modulation vectors from the condition: Linear(SiLU(c)), zero at init
+  unless `kernel_init` is another.
 
   Maps c (B, D) to a list of `chunks` arrays (B, 1, D), in the order of the papers:
   shift, scale, gate for attention, then for the MLP. With `segments`, the lengths of
@@ -65,16 +66,44 @@ class Modulation(nn.Module):
   chunks: int
   width: int
   dtype: Any = jnp.float32
+  kernel_init: Init = zeros
 
   @nn.compact
   def __call__(
     self, c: jax.Array, segments: Sequence[int] | None = None
   ) -> list[jax.Array]:
     out = linear(
-      (self.chunks, self.width), name="linear", dtype=self.dtype, init=zeros
+      (self.chunks, self.width), name="linear", dtype=self.dtype, init=self.kernel_init
     )(nn.silu(c))
     # Whole in D: or else the residual stream would follow it over the tensor axis.
-    out = split_batch(out.astype(jnp.float32))
-    if segments is None:
-      return [out[:, i : i + 1] for i in range(self.chunks)]
-    return [spread(out[:, :, i], segments) for i in range(self.chunks)]
+    return _apart(split_batch(out.astype(jnp.float32)), segments)
+
+
+class SharedModulation(nn.Module):
+  """`chunks` modulation vectors of c, which all blocks share, and a table of their own
+  (adaLN-single of PixArt-alpha, sec. 2.3).
+
+  Maps c (B, C D), of C = `chunks` vectors or one for all of them, to a list as
+  `Modulation` does: the sum with the table's rows, which are N(0, 1/D) at init.
+  """
+
+  chunks: int
+  width: int
+
+  @nn.compact
+  def __call__(
+    self, c: jax.Array, segments: Sequence[int] | None = None
+  ) -> list[jax.Array]:
+    init = nn.initializers.normal(self.width**-0.5)
+    table_CD = self.param("table", init, (self.chunks, self.width))
+    parts = c.reshape(*c.shape[:-1], -1, self.width)
+    ones = (1,) * (parts.ndim - 2)
+    return _apart(parts + table_CD.reshape(*ones, *table_CD.shape), segments)
+
+
+def _apart(out: jax.Array, segments: Sequence[int] | None) -> list[jax.Array]:
+  """Chunks (B, C, D), or (B, S, C, D) of S segments, one by one."""
+  chunks = range(out.shape[-2])
+  if segments is None:
+    return [out[:, i : i + 1] for i in chunks]
+  return [spread(out[:, :, i], segments) for i in chunks]

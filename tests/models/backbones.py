@@ -21,6 +21,9 @@ PLAIN = {
   "hdit": presets.hdit(SIZE, (1, 1), **presets.MODERN, **FORM),
   "mmdit": presets.mmdit(SIZE, (1, 1), text=presets.Text(3, 8, table=True), **FORM),
   "prompted": presets.mmdit(SIZE, (1, 1), text=PROMPTED, **FORM),
+  "captioned": presets.captioned(
+    SIZE, (1, 1), text=presets.Text(3, 8, table=True), **FORM
+  ),
 }
 # Split so that of U-ViT's two long skips one joins tokens and one latents, and that
 # HDiT's Down and Up lie on latents.

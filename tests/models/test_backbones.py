@@ -346,7 +346,7 @@ REAL = [
 
 @pytest.mark.parametrize("shape,patch,window", REAL)
 @pytest.mark.parametrize(
-  "family", ["ModernDiT", "UViT", "HDiT", "MMDiT", "OriginalUViT"]
+  "family", ["ModernDiT", "UViT", "HDiT", "MMDiT", "OriginalUViT", "PixArt"]
 )
 def test_real_sizes(family: str, shape, patch: str, window):
   for size, (head, tail) in elastic.SPLITS["paper"].items():
@@ -379,7 +379,7 @@ def run_abstractly(model: spec.Model, shape: tuple[int, ...]) -> None:
       params,
       *(jax.ShapeDtypeStruct(*arg) for arg in args),
     )
-    assert out.prediction.shape == (2, *shape)
+    assert out.prediction.shape == (2, *shape[:-1], model.out_channels)
   sizes = {"data": 1, "fsdp": 8, "tensor": 2}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -406,7 +406,9 @@ BLOCKS = spec.Blocks(2)
 DOWN, UP = spec.Down((2, 2)), spec.Up((2, 2))
 READ, WRITE = spec.Read((2, 2)), spec.Write((2, 2))
 PUSH, POP = spec.Blocks(1, push=True), spec.Blocks(1, pop=True)
-TEXT = presets.Text(3, 8)
+TEXT, NULL = presets.Text(3, 8), presets.Text(3, 8, null=True)
+CROSS = spec.Blocks(1, kind="cross")
+CAPTION = {"condition": "caption", "text": NULL}
 
 
 def made(*trunk: spec.Stage, **fields) -> spec.Model:
@@ -476,6 +478,36 @@ ILLEGAL = {
   "a place without text": (made(BLOCKS, condition="text"), "needs a text"),
   "text that none sees": (made(BLOCKS, condition="text", text=TEXT), "do not see"),
   "blocks that miss text": (made(spec.Blocks(1, kind="dual")), "take tokens of text"),
+  "norm of a caption": (
+    made(CROSS, **CAPTION | {"text": presets.Text(3, 8, norm=True)}),
+    "no use for the text's norm = True: it takes table, null",
+  ),
+  "null caption of a text": (
+    made(spec.Blocks(1, kind="dual"), condition="text", text=NULL),
+    "text's null = True",
+  ),
+  "a table and a null caption": (
+    made(CROSS, **CAPTION | {"text": dataclasses.replace(NULL, table=True)}),
+    "has a row for the null label",
+  ),
+  "modulation that none shares": (
+    made(CROSS, condition="text", text=TEXT),
+    "holds 0 chunks .* 'cross' take 6",
+  ),
+  "modulation that some share": (
+    made(CROSS, BLOCKS, **CAPTION),
+    "holds 6 chunks .* 'adaln' take 0",
+  ),
+  "shared modulation behind Down": (
+    made(CROSS, DOWN, CROSS, UP, CROSS, **CAPTION),
+    "2 times the model's width",
+  ),
+  "a skip of text that stays": (
+    made(
+      *(dataclasses.replace(CROSS, **{end: True}) for end in ("push", "pop")), **CAPTION
+    ),
+    "long skips take text along",
+  ),
   "prediction": (made(BLOCKS, prediction="data"), "'velocity' or 'noise'"),
   "outputs": (made(BLOCKS, out_channels=3), "3 output channels"),
 }

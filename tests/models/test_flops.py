@@ -28,6 +28,7 @@ PLAIN = {
   "dual": presets.mmdit(SIZE, dual=6, **SMALL),
   "single": presets.mmdit(SIZE, dual=0, **SMALL),
   "dual and single": presets.mmdit(SIZE, text=PROMPT, dual=2, **SMALL),
+  "captioned": presets.captioned(SIZE, text=spec.Text(5, 24, null=True), **SMALL),
 }
 
 
@@ -60,7 +61,14 @@ def asked_once(model: spec.Model, budget: Budget) -> int:
 
 ELASTIC = {
   name: elastic.elit(PLAIN[name], (2, 2), 1, 1)
-  for name in ("modern dit", "uvit", "original uvit", "hdit", "dual and single")
+  for name in (
+    "modern dit",
+    "uvit",
+    "original uvit",
+    "hdit",
+    "dual and single",
+    "captioned",
+  )
 }
 # Down and Up around the interface; Write that sees what is kept.
 SPLIT = {"down_after": 1, "up_after": 5}

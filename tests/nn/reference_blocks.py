@@ -178,11 +178,29 @@ def single_block(p: Params, x: Array, text: Any, c: Array, *form: Any) -> tuple:
   return h[first:], None if text is None else h[:first]
 
 
+def cross_block(p: Params, x: Array, text: Array, c: Array, *form: Any) -> tuple:
+  """c: the time, which is not looked at, and six vectors that all blocks share."""
+  d = x.shape[-1]
+  table = p["modulation"]["table"]
+  a, b, g, e, f, h = (c[d * (i + 1) : d * (i + 2)] + table[i] for i in range(6))
+  x = x + g * self_attention(p["attn"], layer_norm(x) * (1 + b) + a, *form)
+  x = x + cross_attention(p["cross_attn"], x, text, form[0])
+  return x + h * perceptron(p["mlp"], layer_norm(x) * (1 + f) + e), text
+
+
+def cross_attention(p: Params, x: Array, text: Array, heads: int) -> Array:
+  q = dense(p["q"], x).reshape(len(x), heads, -1)
+  both = np.split(dense(p["kv"], text), 2, -1)
+  k, v = (part.reshape(len(text), heads, -1) for part in both)
+  return dense(p["out"], attended(q, k, v))
+
+
 BLOCKS = {
   "adaln": adaln_block,
   "prenorm": prenorm_block,
   "dual": dual_block,
   "single": single_block,
+  "cross": cross_block,
 }
 
 

@@ -56,7 +56,8 @@ def compared(kind: str, norm: str, head: int, with_text: bool, turned: bool) -> 
   """One of our blocks on a batch, and the reference sample by sample."""
   width = HEADS * head
   module = blocks.BLOCKS[kind](HEADS, 2.0, norm, jnp.float64)
-  x, c = drawn(BATCH, TOKENS, width), drawn(BATCH, width, seed=2)
+  x = drawn(BATCH, TOKENS, width)
+  c = drawn(BATCH, width * (1 + module.shared), seed=2)
   text = drawn(BATCH, TEXT, width, seed=3) if with_text else None
   places = some_positions()
   angles = position.rope_angles(places, head) if turned else None
@@ -83,7 +84,7 @@ def test_adaln_block_with_rope(head: int, norm: str) -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("kind", ["prenorm", "dual", "single"])
+@pytest.mark.parametrize("kind", ["prenorm", "dual", "single", "cross"])
 def test_blocks_that_see_text(kind: str, norm: str) -> None:
   compared(kind, norm, 8, with_text=True, turned=True)
 
@@ -110,7 +111,8 @@ def test_packed_sequences_are_each_as_if_alone(kind: str) -> None:
   """Each under its own condition, with its own text and its own positions."""
   width, lengths = 16, (4, 2)
   module = blocks.BLOCKS[kind](HEADS, 2.0, "head_rms", jnp.float64)
-  x, c = drawn(BATCH, sum(lengths), width), drawn(BATCH, 2, width, seed=2)
+  x = drawn(BATCH, sum(lengths), width)
+  c = drawn(BATCH, 2, width * (1 + module.shared), seed=2)
   text = drawn(BATCH, 2 * TEXT, width, seed=3)
   angles = position.rope_angles(some_positions(), 8)
   params = double.drawn(module, x[:, :1], text[:, :1], c[:, 0])
@@ -345,6 +347,49 @@ def test_a_prompt(norm: bool, pooled: int, guidance: bool) -> None:
       rows = reference.root_mean_square(params["text"]["norm"], rows)
     wanted = reference.dense(params["text"]["linear"], rows)
     np.testing.assert_allclose(beside[i], wanted, **TIGHT)
+
+
+def of_captions(null: bool) -> tuple[Any, dict]:
+  """A network of one block, and parameters."""
+  text = Text(TEXT, 12, null=null)
+  model = presets.captioned(
+    presets.Size(1, 16, 2), (1, 1), text, time=presets.Time(scale=1000.0), compute=WIDE
+  )
+  return model, params_of(model)
+
+
+@pytest.mark.parametrize("null", [False, True])
+def test_a_caption(null: bool) -> None:
+  """The time, what all blocks share of it, and tokens; a learned caption for none."""
+  model, params = of_captions(null)
+  t, tokens = np.array([0.2, 0.9]), drawn(BATCH, TEXT, 12)
+  dropped = np.array([False, True]) if null else None
+  with double.double():
+    wide = jax.tree.map(jnp.asarray, params)
+    time = denoiser.time_embedding(model, wide, jnp.asarray(t))
+    prompt = conditions.Prompt(
+      jnp.asarray(tokens), dropped=None if dropped is None else jnp.asarray(dropped)
+    )
+    c, beside = conditions.CONDITIONS["caption"].run(model, wide, time, prompt)
+  for i in range(BATCH):
+    wanted = reference.time_embedding(params["time"], 1000 * t[i])
+    shared = reference.dense(params["modulation"]["linear"], reference.silu(wanted))
+    np.testing.assert_allclose(c[i], np.concatenate([wanted, shared]), **TIGHT)
+    rows = params["null"]["table"] if null and i == 1 else tokens[i]
+    wanted = reference.perceptron(params["text"], rows)
+    np.testing.assert_allclose(beside[i], wanted, **TIGHT)
+
+
+def test_the_final_layer_has_a_table_and_the_time() -> None:
+  _, params = of_captions(null=False)
+  module = embed.SharedUnembed((1, 1), 4, jnp.float64)
+  x, c = drawn(BATCH, TOKENS, 16), drawn(BATCH, 7 * 16, seed=2)
+  out = double.applied(module, params["unembed"], x, c)
+  table, linear = (params["unembed"][name] for name in ("modulation", "linear"))
+  for i in range(BATCH):
+    shift, scale = (row + c[i, :16] for row in table["table"])
+    rows = reference.layer_norm(x[i]) * (1 + scale) + shift
+    np.testing.assert_allclose(out[i], reference.dense(linear, rows), **TIGHT)
 
 
 def test_a_class_stands_in_for_a_prompt() -> None:
