@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import base
 from elit_jax import config as config_lib
 from elit_jax import evaluate, evaluator, measure, preemption, sample, sharding
 from elit_jax import rows as rows_lib
@@ -30,7 +31,11 @@ def make_config(**leaves) -> config_lib.Config:
   raw.eval.metrics = ("fid", "is")
   raw.eval.features = ("toy:load",)
   for name, value in leaves.items():
-    raw.update_from_flattened_dict({name.replace("__", "."): value})
+    part, _, leaf = name.partition("__")
+    if leaf:
+      raw[part][leaf] = value
+    else:
+      raw[part] = value
   return config_lib.resolve(raw)
 
 
@@ -126,6 +131,32 @@ def test_a_sweep_reuses_at_the_largest_budget_without_guidance():
   assert {(str(row.budgets[0]), row.steps, row.guidance) for row in rows} == {
     ("k4", 7, None)
   }
+  assert set(rows) <= set(rows_lib.sweep_rows(config, model_of(config)))
+
+
+def test_weak_rows_begin_smaller_and_turn_no_knob_back():
+  config = make_config(
+    budgets=("p2+k4", "p2+k1", "p4+k4", "p4+k1"),
+    flexi=base.flexi(("p4",)),
+    eval__sweep_weak=(0.5, 0.01),  # less than half a step is none
+    sample__steps=8,
+  )
+  rows = rows_lib.weak_rows(config, model_of(config))
+  assert {row.name for row in rows} == {
+    f"4@{weak} 4@{strong}"
+    for weak, strong in (
+      ("p2+k1", "p2+k4"),
+      ("p4+k4", "p2+k4"),
+      ("p4+k1", "p2+k4"),
+      ("p4+k1", "p2+k1"),
+      ("p4+k1", "p4+k4"),
+    )
+  }
+  knobs = {row.name: rows_lib.knobs(config, model_of(config), row.plan) for row in rows}
+  assert knobs["4@p2+k1 4@p2+k4"] == ("latents",)
+  assert knobs["4@p4+k4 4@p2+k4"] == ("patch",)
+  assert knobs["4@p4+k1 4@p2+k4"] == ("latents", "patch")
+  assert rows_lib.knobs(config, model_of(config), rows[0].plan[1:]) == ()
   assert set(rows) <= set(rows_lib.sweep_rows(config, model_of(config)))
 
 

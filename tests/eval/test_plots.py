@@ -15,6 +15,7 @@ from elit_jax.eval import (
   plots,
   sweep_budgets,
   sweep_guidance,
+  sweep_knobs,
   sweep_plans,
   sweep_rows,
   sweep_steps,
@@ -40,6 +41,7 @@ def make_row(kind, budget="k8", steps=20, scale=1.0, **changes):
     "gflops_per_image": cost,
     "ms_per_image": 2 * cost,
     "samples": 1000,
+    "knobs": "" if budget == "k8" else "latents",
     "metrics": {
       "fid": {"value": value, "standard_error": 0.1, "n": 1000},
       "is": {"value": np.float64(100 - value), "standard_error": None, "n": 1000},
@@ -69,7 +71,15 @@ SCHEDULES = [
   for budget, value in (("k1", 9), ("k1, k8", 5), ("k8, k1", 7), ("k8", 4))
   for seed in (2, 3, 4)
 ]
-ALL = [*TOKENS, *STEPS, *BOTH, *GUIDED, *REUSED, *SCHEDULES]
+WEAK = [
+  make_row("weak", name=name, knobs=knobs, gflops_per_image=cost, **fid(value))
+  for name, knobs, cost, value in (
+    ("10@p4 10@p2", "patch", 9.0, 9.5),
+    ("10@p4+k1 10@p2", "latents, patch", 7.0, 8.0),
+    ("15@p4+k1 5@p2", "latents, patch", 15.0, 9.4),
+  )
+]
+ALL = [*TOKENS, *STEPS, *BOTH, *GUIDED, *REUSED, *SCHEDULES, *WEAK]
 COLUMNS = ("0", "1")
 PICTURES = {
   row["name"]: np.full((2, 8, 8, 1), shade, np.uint8)
@@ -112,9 +122,10 @@ OF_GUIDANCE = {"guidance.png", "guidance_cost.png"}
     (GUIDED, OF_GUIDANCE),
     (REUSED, {"reuse.png"}),
     (SCHEDULES, {"schedules.png"}),
+    (WEAK, {"knobs.png"}),
     (without_metrics(ALL), {"cost.png", "guidance_cost.png"}),
   ],
-  ids=["tokens", "one", "grid", "guided", "reuse", "schedules", "no metrics"],
+  ids=["tokens", "one", "grid", "guided", "reuse", "schedules", "weak", "no metrics"],
 )
 def test_what_the_rows_are_enough_for_is_written(tmp_path, rows, pictures):
   made = plots.write(tmp_path, rows)
@@ -162,6 +173,8 @@ SCENES = {
   "a threshold": (sweep_plans.reuse_png, TOKENS + REUSED, TOKENS + REUSED[:1]),
   "steps beside it": (sweep_plans.reuse_png, [*TOKENS, *REUSED, *STEPS], ALL[:1]),
   "a seed": (sweep_plans.schedules_png, SCHEDULES, SCHEDULES[:-1]),
+  "a weak start": (sweep_knobs.knobs_png, TOKENS + WEAK, TOKENS + WEAK[:2]),
+  "an open end": (sweep_knobs.knobs_png, TOKENS + WEAK, TOKENS[:2] + WEAK),
 }
 
 
@@ -255,6 +268,7 @@ def test_rows_that_cannot_be_read_are_refused(tmp_path, rows, says):
     (sweep_steps.grid_png, GUIDED, "fewer of both"),
     (sweep_plans.reuse_png, TOKENS, "rows that reuse"),
     (sweep_plans.schedules_png, without_metrics(SCHEDULES), "with metrics"),
+    (sweep_knobs.knobs_png, without_metrics(WEAK), "with metrics"),
   ],
 )
 def test_figures_of_nothing_are_refused(tmp_path, draw, rows, says):
@@ -472,7 +486,9 @@ def caption(file: str, *rows, **more) -> str:
   return found.caption(Sweep(rows, **more))
 
 
-@pytest.mark.parametrize("file", ["quality.png", "guidance.png", "schedules.png"])
+@pytest.mark.parametrize(
+  "file", ["quality.png", "guidance.png", "schedules.png", "knobs.png"]
+)
 def test_a_caption_is_a_sentence(file):
   text = caption(file, *ALL)
   assert text.startswith("Held fixed: ") and text.endswith(".") and "\n" not in text
@@ -491,6 +507,28 @@ def test_captions_are_computed():
   assert "takes 45 % of the GFLOPs and 100 % of the ms of plain k8 20 1, FID" in text
   counted = [row | {"evaluations": 15, "reused": 5} for row in REUSED]
   assert "reuses 5 of 20 evaluations" in caption("reuse.png", TOKENS[2], *counted)
+
+
+def test_plans_are_told_by_the_knobs_they_turn():
+  groups = sweep_rows.by_knobs([*TOKENS, *STEPS, *WEAK])
+  assert list(groups) == ["", "latents", "patch", "latents, patch"]
+  assert [len(group) for group in groups.values()] == [1, 2, 1, 2]
+  assert sweep_rows.by_knobs(TOKENS) == {}
+
+
+def test_several_knobs_beat_one_where_nothing_as_cheap_is_as_good():
+  groups = sweep_rows.by_knobs([*TOKENS, *WEAK])
+  # The second is dearer than 14 GFLOPs of k4, which has FID 8.06.
+  found, count = sweep_knobs.beating("fid", groups)
+  assert ([row["name"] for row in found], count) == (["10@p4+k1 10@p2"], 2)
+  unsure = [row | fid(8.0, error=2.0) for row in WEAK[1:2]]
+  groups = sweep_rows.by_knobs([*TOKENS, *WEAK[:1], *unsure])
+  dear = make_row("plain", "k1", knobs="latents", gflops_per_image=6.0, **fid(9.0))
+  groups["latents"] = [*groups["latents"], dear]
+  assert sweep_knobs.beating("fid", groups) == ([], 1)
+  text = caption("knobs.png", *TOKENS, *WEAK)
+  assert "1 of 2 plans that turn several knobs are better than every plan" in text
+  assert "of 6 plans 2 are on the front of FID by their values: 10@p4+k1 10@p2" in text
 
 
 def test_a_direction_is_better_only_if_the_seeds_say_so():
