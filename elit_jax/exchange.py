@@ -306,7 +306,8 @@ def _of_run(workdir: pathlib.Path) -> Source:
   saved = sample.trained_config(workdir)
   if saved is None:
     raise ConfigError(f"{workdir} is a folder without a run: give a file of weights")
-  config = sample.as_trained(workdir, config_lib.resolve(saved))
+  whole = config_lib.completed(saved)  # by versions that had fewer leaves
+  config = sample.as_trained(workdir, config_lib.resolve(whole))
   model = config_lib.build_model(config)
   mesh = sharding.make_mesh((1, 1, 1), jax.local_devices()[:1])
   step, params = sample.load_ema(workdir, config, mesh)

@@ -300,6 +300,20 @@ def test_a_run_grafts_into_another(imported, run_main, tmp_path) -> None:
   jax.tree.map(np.testing.assert_array_equal, moved, source["blocks_00"])
 
 
+def test_a_run_of_an_older_version_grafts(imported, run_main, tmp_path) -> None:
+  """Its config lacks the leaves that have come since."""
+  old = shutil.copytree(imported, tmp_path / "old")
+  saved = json.loads((old / "config.json").read_text())
+  for name in config_lib.ABSENT:
+    part, _, leaf = name.partition(".")
+    del saved[part][leaf]
+  (old / "config.json").write_text(json.dumps(saved))
+  workdir = tmp_path / "run"
+  where = (f"--source={old}", f"--workdir={workdir}")
+  run_main(*SPLIT, "--mode=import", "--graft", *where)
+  assert (workdir / "config.json").exists()
+
+
 def test_another_resolution_keeps_all_but_positions_of_latents(run_import) -> None:
   bigger = random_tensors(ELIT_MODEL, (8, 8))
   workdir = run_import(bigger, *SPLIT, "--graft")
