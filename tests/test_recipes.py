@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from configs import finetune, imagenet
+from configs import finetune, flexidit, imagenet
 from elit_jax import config as config_lib
 from elit_jax import sharding, train
 from elit_jax.data import pipeline, prepare
 from elit_jax.errors import ConfigError
-from elit_jax.models import denoiser, flops, presets, spec, vae
+from elit_jax.models import denoiser, flops, presets, sizes, spec, vae
 
 
 def teraflops(config) -> float:
@@ -122,6 +122,26 @@ def test_fine_tuning_wants_a_number_of_classes(arg):
 # those of photographs, by every step of the way.
 THIN = vae.VAE(widths=(2, 2, 2, 2), layers=1, groups=1)
 FEW = 20  # classes of one photograph each
+
+
+@pytest.mark.parametrize("run", flexidit.RUNS)
+def test_runs_of_flexidit_are_legal_and_cost_what_they_say(run: str):
+  config = config_lib.resolve(flexidit.get_config(run))
+  model = config_lib.build_model(config)
+  assert config.sample.plan and config_lib.plans(config, model)
+  if "lora" in run:
+    assert model.sizes is not None and model.sizes.rank == 32
+    return
+  plain = flops.total(sizes.sized(model), config.data.shape)
+  costs = [
+    flops.total(model, config.data.shape, budget)
+    for budget in config_lib.budgets(config, model)
+  ]
+  if run == "dit-xl-256":
+    share = sum(costs) / len(costs) / plain
+    assert f"{share:.2f} of the\nFLOPs a step" in flexidit.__doc__
+
+
 OF_SIZE_B = [run for run in imagenet.RUNS if "-b-" in run]
 
 

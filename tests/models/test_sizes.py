@@ -13,6 +13,7 @@ from products import products
 from elit_jax import surgery
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
+from elit_jax.flow.objective import make_objective
 from elit_jax.models import (
   denoiser,
   elastic,
@@ -374,6 +375,32 @@ def test_adapters_are_silent_at_first_and_leave_cross_attention_alone():
   for name in named:
     assert set(own[name]) == {"attn", "mlp"}  # neither skip nor modulation
   assert not {"read", "write"} & set(own)
+
+
+# --- training -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name,path", [("dit", "ddpm"), ("sit", "linear")])
+def test_the_losses_of_both_predictions_train_every_size(name: str, path: str):
+  """Noise with a learned variance, and velocity (FlexiDiT fine-tunes with either)."""
+  learns = name == "dit"
+  model = PLAIN[name]
+  many = flexi(model)
+  goal = make_objective(path, "uniform", 0.0, lambda y: y, model.prediction, learns)
+  x, _, label = inputs()
+  batch = {"image": x, "label": label, "position": np.arange(2, dtype=np.int32)}
+
+  def loss(params, budget):
+    network = functools.partial(denoiser.apply, many, params, budget=budget)
+    return goal(network, jax.random.key(0), batch)[0]
+
+  for budget, folder in ((TWO, "2x2"), (FOUR, "4x4")):
+    grads = jax.jit(jax.grad(functools.partial(loss, budget=budget)))(params_of(many))
+    for name in ("patch", "unembed", "blocks_00"):
+      assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads[name]))
+    for size, own in grads["sizes"].items():
+      moved = [np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(own)]
+      assert all(moved) if size == folder else not any(moved)
 
 
 # --- moving parameters ----------------------------------------------------------------
