@@ -207,8 +207,8 @@ def flexi(patches: tuple[str, ...], **fields: Any) -> ConfigDict:
 
 
 def mmd(**fields: Any) -> ConfigDict:
-  """What `config.mmd` is where training takes steps of the sampler, those at the largest
-  patch size before those at the smallest (FlexiDiT, sec. 3.3); fields: other knobs.
+  """What `config.mmd` is where training takes steps of the sampler, at the largest
+  patch size and then at the smallest (FlexiDiT, sec. 3.3); fields: other knobs.
   """
   return ConfigDict(
     {

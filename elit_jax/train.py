@@ -316,8 +316,8 @@ def train_step(
   def loss_fn(moving: Any, micro: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
     params = trees.joined(still, moving)
     network = learner(config, model, params, budget)
-    goal = distilled(config, model, params, objective)
-    goal = bootstrapped(config, model, params, goal)
+    plain = distilled(config, model, params, objective)
+    goal = bootstrapped(config, model, params, plain)
     return goal(network, key, examples(config, model, key, micro))
 
   # Of what moves alone: nothing else has a gradient, in memory or in time.
