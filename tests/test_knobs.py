@@ -57,6 +57,8 @@ class Knob(NamedTuple):
 PART = base.elit((2, 2), 1, 1).to_dict()
 ELIT = {"elit": PART, "budgets": ("k4", "k1")}
 FLEXI = {"flexi": base.flexi(("p4",)).to_dict(), "budgets": ("p4",)}
+ROLLOUT = base.mmd(steps=9, weak=2, powerful=1).to_dict()
+MMD = FLEXI | {"mmd": ROLLOUT}
 GUIDED = {"guidance.scale": 2.0}
 
 AVERAGES = {"optim.ema": ("0.9999", "0.99"), "train.preview_every": 50}
@@ -190,6 +192,15 @@ KNOBS = {
   "elit.mlp_ratio": Knob(4.0, "step sampling", ELIT),
   "elit.cross": Knob("error", "crossing", ELIT | {"model.preset": "UViT-tiny/2"}),
   "elit.sees": Knob("kept", "step sampling", ELIT | {"sample.budgets": ("k1",)}),
+  "mmd.weight": Knob(2.0, "step", MMD),
+  "mmd.steps": Knob(10, "step", MMD),
+  "mmd.weak": Knob(3, "step", MMD),
+  "mmd.powerful": Knob(2, "step", MMD),
+  "mmd.early": Knob("square", "step", MMD),
+  "mmd.kernel": Knob("laplace", "step", MMD),
+  "mmd.bandwidths": Knob((1.0,), "step", MMD),
+  "mmd.unit": Knob("mean", "step", MMD),
+  "mmd.unbiased": Knob(False, "step", MMD),
 }
 
 
@@ -558,6 +569,7 @@ def test_the_same_config_has_the_same_effects(effect: str):
 def test_every_leaf_is_listed():
   raw = base.get_config()
   raw.elit = ConfigDict(PART)
+  raw.mmd = ConfigDict(ROLLOUT)
   leaves = files.flatten(raw.to_dict())
   assert set(leaves) == set(KNOBS)
   assert len(leaves) <= MOST_LEAVES
