@@ -13,6 +13,7 @@ from elit_jax.flow import mmd
 from elit_jax.flow.mmd import Discrepancy
 from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
+from elit_jax.sampling import sampler
 
 PAIRS = [(kernel, unit) for kernel in mmd.KERNELS for unit in mmd.UNITS]
 
@@ -266,16 +267,19 @@ def test_both_halves_are_at_the_times_of_the_grid():
     _, wanted = goal.pair(key, given)
     return [wanted, *told]
 
-  wanted, x, label_B, first, step, after = pair(KEY)
+  wanted, x, label_B, first, *steps = pair(KEY)
   assert np.array_equal(label_B, given["label"][1::2])
-  t1, t2 = TIMES[first + 3], TIMES[first]
+  t1, t2 = np.float32(TIMES[first + 3]), np.float32(TIMES[first])
   assert 0 <= first <= 7 and t2 > t1
-  # What is left of them is noise: of unit variance, no two alike.
-  left = (wanted - (1 - t1) * given["image"][::2]) / max(t1, 1e-9)
-  start = (x - (1 - t2) * given["image"][1::2]) / t2
-  draws = np.stack([*start, *step, *after, *(left if t1 else [])]).reshape(-1)
-  assert len(np.unique(draws)) == len(draws)
-  assert abs(draws.std() - 1) < 0.4 and abs(draws.mean()) < 0.4
+  # Noise is that of a sampler whose images have the numbers of the examples.
+  key = jax.random.fold_in(KEY, 2**32 - 2)
+  noise, later = sampler.initial_noise(key, given["position"], (2, 2, 1))
+  image = given["image"]
+  for found, t, rows in ((wanted, t1, slice(0, None, 2)), (x, t2, slice(1, None, 2))):
+    exact = (1 - t) * image[rows] + t * noise[rows]
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
+  for i, found in enumerate(steps):
+    np.testing.assert_array_equal(found, later(first + i)[1::2])
 
 
 def test_an_example_is_noised_alike_wherever_it_stands():
