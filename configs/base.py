@@ -209,6 +209,28 @@ def flexi(patches: tuple[str, ...], **fields: Any) -> ConfigDict:
   )
 
 
+def mmd(**fields: Any) -> ConfigDict:
+  """What `config.mmd` is where training takes steps of the sampler, at the largest
+  patch size and then at the smallest (FlexiDiT, sec. 3.3); fields: other knobs.
+  """
+  return ConfigDict(
+    {
+      "weight": 1.0,  # of the discrepancy beside the loss at the step's budget
+      "steps": 250,  # of a whole run of sample.solver; some of them are taken
+      "weak": 4,  # steps at the largest patch size
+      "powerful": 2,  # steps at the smallest one, which follow
+      # Where on that grid they end: logit_normal (sigmoid of N(-1, 1), from data on) |
+      # square (of a uniform number) | uniform.
+      "early": "logit_normal",
+      "kernel": "rbf",  # rbf | laplace | energy (which has no bandwidth)
+      "bandwidths": (0.25, 0.5, 1.0, 2.0, 4.0),  # the sum of kernels of these units
+      "unit": "median",  # median | mean (of distances in both batches) | one
+      "unbiased": True,  # False: a sample is compared with itself, too
+    }
+    | fields
+  )
+
+
 def elit(window: tuple[int, ...], head: int, tail: int, **fields: Any) -> ConfigDict:
   """What `config.elit` is where the latent interface is used; fields: other knobs."""
   return ConfigDict(

@@ -23,7 +23,7 @@ from elit_jax.data import shards, sources, stored
 from elit_jax.data import spread as spread_lib
 from elit_jax.errors import ConfigError, lookup, nearest
 from elit_jax.eval import features, metrics
-from elit_jax.flow import distill, intervals
+from elit_jax.flow import distill, intervals, mmd
 from elit_jax.flow.matching import FlowMatching, Null
 from elit_jax.flow.objective import make_objective
 from elit_jax.flow.process import process
@@ -42,7 +42,7 @@ from elit_jax.nn import attention
 from elit_jax.optim import OptimConfig
 from elit_jax.sampling import grammar, search
 from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse, Way
-from elit_jax.sampling.step import Stepper
+from elit_jax.sampling.step import Stepper, nothing
 from elit_jax.sampling.steppers import stepper
 
 K = typing.TypeVar("K")
@@ -82,6 +82,19 @@ class FlexiConfig:
   embedding: bool
   norm: bool
   align: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MmdConfig:
+  weight: float
+  steps: int
+  weak: int
+  powerful: int
+  early: str
+  kernel: str
+  bandwidths: tuple[float, ...]
+  unit: str
+  unbiased: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +241,7 @@ class Config:
   prepare: PrepareConfig
   elit: ElitConfig | None = None
   flexi: FlexiConfig | None = None
+  mmd: MmdConfig | None = None
 
 
 def resolve(config: Mapping[str, Any]) -> Config:
@@ -261,11 +275,17 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "prepare.batch_size",
       "inspect.count",
       "inspect.levels",
+      "mmd.steps",
+      "mmd.weak",
     ),
     lambda x: x > 0,
     "be above 0",
   ),
-  (("optim.lr", "optim.eps"), lambda x: 0 < x < math.inf, "be above 0 and finite"),
+  (
+    ("optim.lr", "optim.eps", "mmd.weight"),
+    lambda x: 0 < x < math.inf,
+    "be above 0 and finite",
+  ),
   (("optim.clip",), lambda x: x > 0, "be above 0 (inf: never clipped)"),
   (("optim.weight_decay",), lambda x: 0 <= x < math.inf, "be 0 or above, and finite"),
   (("optim.beta1", "optim.beta2"), lambda x: 0 <= x < 1, "lie in [0, 1)"),
@@ -284,6 +304,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
       "eval.sweep_seeds",
       "prepare.workers",
       "prepare.max_skipped",
+      "mmd.powerful",
     ),
     lambda x: x >= 0,
     "not be negative",
@@ -298,13 +319,19 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
 )
 
 
-def check(config: Config) -> None:
-  """Raises ConfigError for what can be known to be wrong without data or devices."""
+def check_numbers(config: Config) -> None:
+  """Raises ConfigError for a number that breaks its rule, if its part is used."""
   leaves = files.flatten(dataclasses.asdict(config))
   for names, holds, rule in RULES:
     for name in names:
-      if not holds(leaves[name]):
+      unused = getattr(config, name.partition(".")[0]) is None
+      if not unused and not holds(leaves[name]):
         raise ConfigError(f"config.{name} is {leaves[name]}: it must {rule}")
+
+
+def check(config: Config) -> None:
+  """Raises ConfigError for what can be known to be wrong without data or devices."""
+  check_numbers(config)
   process(config.flow.path)
   time_sampler(config.flow.time)
   stepper(config.sample.solver)
@@ -337,6 +364,8 @@ def check(config: Config) -> None:
     optim.check_only(config.optim.only, denoiser.abstract_params(model))
   if config.flow.distill:
     check_distillation(config, model)
+  if config.mmd:
+    check_mmd(config, config.mmd, model)
   budget_weights(config, model)
   planned = plans(config, model)
   sampled_classes(config)
@@ -366,6 +395,59 @@ def check_distillation(config: Config, model: spec.Model) -> None:
         f"config.flow.distill {config.flow.distill!r} would teach the first patch size "
         f"to itself at budget {text!r} of config.budgets: train at others, {others}"
       )
+
+
+def check_mmd(config: Config, given: MmdConfig, model: spec.Model) -> None:
+  """Raises ConfigError unless there are two sizes, and steps to be learnt through."""
+  mmd.check(discrepancy(given), given.early)
+  if model.sizes is None:
+    raise ConfigError(
+      "config.mmd takes steps at a large patch size before those at a small one, and "
+      "this model has one size: give it others with config.flexi"
+    )
+  if model.text is not None:
+    raise ConfigError(
+      f"config.mmd compares samples of classes, and {config.model.preset!r} is asked "
+      "for text: leave config.mmd out"
+    )
+  rows = config.train.batch_size // config.train.accumulation
+  if rows % 2 or rows < 4:
+    raise ConfigError(
+      f"config.mmd compares two halves of a batch, of which there are {rows} examples "
+      "at a time (train.batch_size / train.accumulation): use an even number of at "
+      "least 4"
+    )
+  if given.weak + given.powerful > given.steps:
+    raise ConfigError(
+      f"config.mmd.weak {given.weak} and config.mmd.powerful {given.powerful} are "
+      f"{given.weak + given.powerful} steps, of the {given.steps} of config.mmd.steps: "
+      "use fewer, or a finer grid"
+    )
+  if solver(config, model).init is not nothing:
+    raise ConfigError(
+      f"config.sample.solver {config.sample.solver!r} remembers earlier steps, and "
+      "those of config.mmd begin in the middle: use one that does not, such as 'ddpm' "
+      "or 'euler'"
+    )
+  try:
+    check_steps(given.steps, config, model)
+  except ConfigError as error:
+    text = str(error).replace("config.sample.steps", "config.mmd.steps")
+    raise ConfigError(text) from None
+
+
+def discrepancy(given: MmdConfig) -> mmd.Discrepancy:
+  """How the samples of `config.mmd` are compared with data."""
+  return mmd.Discrepancy(given.kernel, given.bandwidths, given.unit, given.unbiased)
+
+
+def rollout_budgets(
+  given: MmdConfig, model: spec.Model
+) -> tuple[tuple[Budget, int], ...]:
+  """Steps at the size of the fewest tokens, then at that of the most; all latents."""
+  most, *_, fewest = sorted(spec.patches(model), key=math.prod)
+  legs = ((Budget(patch=fewest), given.weak), (Budget(patch=most), given.powerful))
+  return tuple((budget, steps) for budget, steps in legs if steps)
 
 
 def check_evaluation(config: Config, model: spec.Model) -> None:

@@ -108,7 +108,7 @@ class Log:
     self._seconds = time.monotonic()
     self._waited = 0.0  # seconds of these for input
     self._fresh = 0  # steps since the last row that this process has timed
-    self._price = functools.partial(price, config, model)
+    self._price = functools.cache(functools.partial(price, config, model))
 
   def wait(self, batches: Iterator[T]) -> T:
     """The next batch; the time until it is there counts as waiting for input."""
@@ -133,7 +133,8 @@ class Log:
     self._fresh += 1
     price = self._price(budget)
     bad_steps = int(m["bad_steps"])
-    self.window.append([str(budget), m["loss"], m["grad_norm"], bad_steps, price])
+    noted = [str(budget), m["loss"], m["grad_norm"], bad_steps, price]
+    self.window.append(noted + ([m["mmd"]] if "mmd" in m else []))
     if m["bad_run"] >= self._config.train.max_bad_steps:
       raise TrainingStopped(
         f"the gradient was not finite for {int(m['bad_run'])} steps in a row, up to "
@@ -143,7 +144,8 @@ class Log:
       self._write(step, images)
 
   def _write(self, step: int, images: int) -> None:
-    names, losses, norms, bad, prices = zip(*self.window, strict=True)
+    common = [noted[:5] for noted in self.window]
+    names, losses, norms, bad, prices = zip(*common, strict=True)
     # So that the first line has a rate. It is like the others: nothing compiles here.
     self._progress.begin(step - self._fresh, self._seconds)
     now = time.monotonic()
@@ -168,6 +170,9 @@ class Log:
     for name in sorted(set(names), key=names.index):
       of_budget = [x for n, x in zip(names, losses, strict=True) if n == name]
       row[f"loss/{name}"] = _mean(of_budget)
+    # Not all have it where a run goes on with another config.
+    if found := [noted[5] for noted in self.window if len(noted) > 5]:
+      row["mmd"] = _mean(found)
     self._writer.scalars(step, row)
     notes = (
       f"{row['gflops_per_image']:.3g} GFLOPs/image",
@@ -177,6 +182,20 @@ class Log:
     )
     self._progress.update(step, {"loss": row["loss"]}, notes)
     self.window, self._fresh, self._waited = [], 0, 0.0
+
+
+def rollout_flops(config: Config, model: spec.Model) -> float:
+  """Of the sampler's steps that `config.mmd` takes: forward passes of half a batch, so
+  half of this for each of its examples.
+  """
+  if config.mmd is None:
+    return 0.0
+  runs = config_lib.solver(config, model).runs(config.mmd.steps)
+  each = runs.sum() / len(runs)  # evaluations a step
+  return sum(
+    0.5 * each * steps * flops.total(model, config.data.shape, budget)
+    for budget, steps in config_lib.rollout_budgets(config.mmd, model)
+  )
 
 
 def _mean(values: Any) -> float:
@@ -197,7 +216,8 @@ def price(config: Config, model: spec.Model, budget: Budget) -> float:
     counts = (sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (moving, params))
     share = operator.truediv(*counts)
   teacher = flops.total(model, shape) if config.flow.distill else 0
-  return 1e-9 * ((2 + share) * flops.total(model, shape, budget) + teacher)
+  forward = flops.total(model, shape, budget) + rollout_flops(config, model)
+  return 1e-9 * ((2 + share) * forward + teacher)
 
 
 def peak_flops(dtype: str) -> float:

@@ -22,6 +22,7 @@ from elit_jax import (
   monitor,
   optim,
   preemption,
+  rollout,
   sample,
   sharding,
   trees,
@@ -33,13 +34,15 @@ from elit_jax.data.pipeline import Loader
 from elit_jax.data.sources import Source, make_source
 from elit_jax.data.stored import unpack
 from elit_jax.errors import ConfigError
-from elit_jax.flow import distill
-from elit_jax.flow.matching import FlowMatching, Network
+from elit_jax.flow import distill, mmd
+from elit_jax.flow.matching import Batch, FlowMatching, Network
 from elit_jax.logs import Progress
 from elit_jax.models import denoiser, spec
 
 State = dict[str, Any]
 Metrics = dict[str, jax.Array]
+# (network, key of the step, batch) to the loss and its metrics.
+Objective = Callable[[Network, jax.Array, Batch], tuple[jax.Array, Metrics]]
 
 BATCH_KEYS = ("image", "label", "position")
 
@@ -313,7 +316,8 @@ def train_step(
   def loss_fn(moving: Any, micro: Mapping[str, jax.Array]) -> tuple[jax.Array, Metrics]:
     params = trees.joined(still, moving)
     network = learner(config, model, params, budget)
-    goal = distilled(config, model, params, objective)
+    plain = distilled(config, model, params, objective)
+    goal = bootstrapped(config, model, params, plain)
     return goal(network, key, examples(config, model, key, micro))
 
   # Of what moves alone: nothing else has a gradient, in memory or in time.
@@ -355,6 +359,22 @@ def distilled(
   # Stopped here, too, so that nothing of the teacher is kept for a backward pass.
   teacher = learner(config, model, jax.lax.stop_gradient(params), Budget())
   return distill.distilled(objective, name, teacher)
+
+
+def bootstrapped(
+  config: Config, model: spec.Model, params: Any, objective: FlowMatching
+) -> Objective:
+  """The objective, and the discrepancy of sampled and noised data if so asked."""
+  if config.mmd is None:
+    return objective
+  solver, given = config_lib.solver(config, model), config.mmd
+  legs = [
+    rollout.Leg(learner(config, model, params, budget), steps)
+    for budget, steps in config_lib.rollout_budgets(given, model)
+  ]
+  made = rollout.rollout(solver, objective.path, model.prediction, given.steps, legs)
+  compared = config_lib.discrepancy(given)
+  return mmd.Bootstrapped(objective, made, given.weight, given.early, compared)
 
 
 def learner(config: Config, model: spec.Model, params: Any, budget: Budget) -> Network:

@@ -43,7 +43,7 @@ from elit_jax.data import job, listings, prepare
 from elit_jax.errors import ConfigError, TrainingStopped
 from elit_jax.eval import metrics, plots, statistics
 
-MOST_LEAVES = 126
+MOST_LEAVES = 135
 
 
 class Knob(NamedTuple):
@@ -58,6 +58,8 @@ PART = base.elit((2, 2), 1, 1).to_dict()
 ELIT = {"elit": PART, "budgets": ("k4", "k1")}
 FLEXI = {"flexi": base.flexi(("p4",)).to_dict(), "budgets": ("p4",)}
 SIZES = FLEXI | {"sample.budgets": ("p4",)}
+ROLLOUT = base.mmd(steps=9, weak=2, powerful=1).to_dict()
+MMD = FLEXI | {"mmd": ROLLOUT}
 GUIDED = {"guidance.scale": 2.0}
 
 AVERAGES = {"optim.ema": ("0.9999", "0.99"), "train.preview_every": 50}
@@ -198,6 +200,15 @@ KNOBS = {
   "flexi.embedding": Knob(False, "step sampling init", SIZES),
   "flexi.norm": Knob(False, "step sampling init", SIZES),
   "flexi.align": Knob("center", "step sampling", SIZES),
+  "mmd.weight": Knob(2.0, "step", MMD),
+  "mmd.steps": Knob(10, "step", MMD),
+  "mmd.weak": Knob(3, "step", MMD),
+  "mmd.powerful": Knob(2, "step", MMD),
+  "mmd.early": Knob("square", "step", MMD),
+  "mmd.kernel": Knob("laplace", "step", MMD),
+  "mmd.bandwidths": Knob((1.0,), "step", MMD),
+  "mmd.unit": Knob("mean", "step", MMD),
+  "mmd.unbiased": Knob(False, "step", MMD),
 }
 
 
@@ -567,6 +578,7 @@ def test_every_leaf_is_listed():
   raw = base.get_config()
   raw.elit = ConfigDict(PART)
   raw.flexi = ConfigDict(FLEXI["flexi"])
+  raw.mmd = ConfigDict(ROLLOUT)
   leaves = files.flatten(raw.to_dict())
   assert set(leaves) == set(KNOBS)
   assert len(leaves) <= MOST_LEAVES
