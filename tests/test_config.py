@@ -44,6 +44,8 @@ def changed(config: dict, name: str, value: typing.Any) -> dict:
 
 
 BASE, DIGITS = plain(base.get_config()), plain(digits.get_config())
+# With the steps of the sampler in training.
+ROLLOUT = BASE | {"flexi": plain(base.flexi(("p4",))), "mmd": plain(base.mmd())}
 UNWEIGHTED = changed(DIGITS, "budget_weights", ())
 LATENTS = changed(UNWEIGHTED, "data.shape", (8, 8, 4))  # as those of "sd"
 # The leaves of the experiment with all parts.
@@ -182,7 +184,7 @@ def test_every_number_has_a_rule():
   }
   numbers = {
     name
-    for name, value in files.flatten(DIGITS).items()
+    for name, value in files.flatten(DIGITS | {"mmd": ROLLOUT["mmd"]}).items()
     if isinstance(value, int | float) and not isinstance(value, bool)
   }
   ruled = [name for names, _, _ in config_lib.RULES for name in names]
@@ -195,10 +197,11 @@ def test_every_number_has_a_rule():
 )
 @pytest.mark.parametrize("value", [-1, math.nan])
 def test_no_number_may_be_negative_or_nan(leaf, value):
-  if isinstance(files.flatten(BASE)[leaf], int) and value != -1:
+  whole = ROLLOUT if leaf.startswith("mmd.") else BASE
+  if isinstance(files.flatten(whole)[leaf], int) and value != -1:
     return  # the wrong type, which another test sees
   with pytest.raises(ConfigError, match=f"config.{leaf} is {value}"):
-    config_lib.resolve(changed(BASE, leaf, value))
+    config_lib.resolve(changed(whole, leaf, value))
 
 
 def test_averages_may_be_numbers():
