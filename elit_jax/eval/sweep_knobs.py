@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from elit_jax.errors import ConfigError
 from elit_jax.eval import drawing, page, protocol
@@ -32,10 +33,18 @@ def styles(groups: Mapping[str, Sequence[Row]]) -> dict[str, Style]:
   turned = [name for name in groups if name]
   marks = zip(turned, COLOURS, MARKS, strict=False)
   found = {
-    name: Style(f"fewer or larger: {name}", colour, mark, line="")
-    for name, colour, mark in marks
+    name: Style(words(name), colour, mark, line="") for name, colour, mark in marks
   }
   return {"": Style("all knobs open", drawing.GREY, "D", line="")} | found
+
+
+# What turning a knob down does.
+TURNED = {"latents": "fewer latents", "patch": "larger patches"}
+
+
+def words(knobs: str) -> str:
+  """What plans of these knobs have."""
+  return ", ".join(TURNED.get(knob, knob) for knob in knobs.split(", ") if knob)
 
 
 FRONT = Style("Pareto front of all", drawing.GREY, "", line="-")
@@ -77,26 +86,41 @@ def front(found: Sequence[Point], metric: str) -> list[Point]:
   return frontier(best_of(exact, better(metric)), better(metric))
 
 
-def beating(metric: str, groups: Mapping[str, Sequence[Row]]) -> tuple[list[Row], int]:
-  """Rows of several knobs that are clearly better than each row of one knob or none
-  that costs as much or less; and how many of several knobs there are.
+class Several(NamedTuple):
+  """Plans that turn several knobs, beside those that turn one or none.
+
+  beating: that are clearly better than every such plan that costs as much or less, of
+  which there is one. below: that cost less than any. count: of all.
   """
+
+  beating: list[Point]
+  below: list[Point]
+  count: int
+
+
+def several(metric: str, groups: Mapping[str, Sequence[Row]]) -> Several:
+  """What turning several knobs at once is worth by a metric."""
   sign = SIGNS[better(metric)]
-  several = [p for n, g in groups.items() if "," in n for p in points(g, metric, cost)]
+  both = [p for n, g in groups.items() if "," in n for p in points(g, metric, cost)]
   others = [
     p for n, g in groups.items() if "," not in n for p in points(g, metric, cost)
   ]
+  least = min((other.x for other in others), default=math.inf)
 
   def clear(point: Point, other: Point) -> bool:
     error = math.hypot(point.error, other.error)
     return sign * (other.value - point.value) > page.CLEAR * error
 
-  found = [
-    point.row
-    for point in several
-    if all(clear(point, other) for other in others if other.x <= point.x)
-  ]
-  return found, len(several)
+  return Several(
+    [
+      point
+      for point in both
+      if point.x >= least
+      and all(clear(point, other) for other in others if other.x <= point.x)
+    ],
+    [point for point in both if point.x < least],
+    len(both),
+  )
 
 
 def _said(sweep: Sweep) -> str:
@@ -110,17 +134,29 @@ def _said(sweep: Sweep) -> str:
   said = [
     f"of {len(every)} plans {len(on_front)} are on the front of "
     f"{protocol.title(metric)} by their values: "
-    + "; ".join(f"{row['name']} ({row.get('knobs') or 'all open'})" for row in on_front)
+    + ", ".join(row["name"] for row in on_front)
   ]
   if any("," in name for name in groups):
-    found, count = beating(metric, groups)
-    names = ", ".join(row["name"] for row in found)
-    said.append(
-      f"{len(found)} of {count} plans that turn several knobs are better than every "
-      "plan of one knob that costs as much or less, by more than "
-      f"{page.CLEAR:g} standard errors" + (f" ({names})" if names else "")
-    )
+    said += _several_said(metric, several(metric, groups))
   return page.sentence(rows, said)
+
+
+def _several_said(metric: str, found: Several) -> list[str]:
+  names = ", ".join(point.row["name"] for point in found.beating)
+  said = [
+    f"{len(found.beating)} of {found.count} plans that turn several knobs are better "
+    "than every plan of one knob or none that costs as much or less, by more than "
+    f"{page.CLEAR:g} standard errors" + (f" ({names})" if names else "")
+  ]
+  if found.below:
+    sign = SIGNS[better(metric)]
+    best = min(found.below, key=lambda point: sign * point.value)
+    said.append(
+      f"{len(found.below)} of them cost less than any such plan, the best of these "
+      f"{best.row['name']}: {protocol.title(metric)} {best.value:.4g} at "
+      f"{best.x:.3g} GFLOPs"
+    )
+  return said
 
 
 SECTION = Section(

@@ -518,16 +518,22 @@ def test_plans_are_told_by_the_knobs_they_turn():
 
 def test_several_knobs_beat_one_where_nothing_as_cheap_is_as_good():
   groups = sweep_rows.by_knobs([*TOKENS, *WEAK])
-  # The second is dearer than 14 GFLOPs of k4, which has FID 8.06.
-  found, count = sweep_knobs.beating("fid", groups)
-  assert ([row["name"] for row in found], count) == (["10@p4+k1 10@p2"], 2)
-  unsure = [row | fid(8.0, error=2.0) for row in WEAK[1:2]]
-  groups = sweep_rows.by_knobs([*TOKENS, *WEAK[:1], *unsure])
+
+  def names(found):
+    return [point.row["name"] for point in found]
+
+  # The third is dearer than 14 GFLOPs of k4, which has FID 8.06.
+  found = sweep_knobs.several("fid", groups)
+  assert (found.beating, names(found.below), found.count) == ([], [WEAK[1]["name"]], 2)
   dear = make_row("plain", "k1", knobs="latents", gflops_per_image=6.0, **fid(9.0))
   groups["latents"] = [*groups["latents"], dear]
-  assert sweep_knobs.beating("fid", groups) == ([], 1)
+  found = sweep_knobs.several("fid", groups)
+  assert (names(found.beating), found.below) == ([WEAK[1]["name"]], [])
+  groups["latents, patch"] = [WEAK[1] | fid(8.0, error=2.0)]  # no longer clear
+  assert sweep_knobs.several("fid", groups) == ([], [], 1)
   text = caption("knobs.png", *TOKENS, *WEAK)
-  assert "1 of 2 plans that turn several knobs are better than every plan" in text
+  assert "0 of 2 plans that turn several knobs are better than every plan" in text
+  assert "1 of them cost less than any such plan, the best of these 10@p4+k1" in text
   assert "of 6 plans 2 are on the front of FID by their values: 10@p4+k1 10@p2" in text
 
 
