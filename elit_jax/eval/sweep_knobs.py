@@ -90,12 +90,12 @@ class Several(NamedTuple):
   """Plans that turn several knobs, beside those that turn one or none.
 
   beating: that are clearly better than every such plan that costs as much or less, of
-  which there is one. below: that cost less than any. count: of all.
+  which there is one. below: that cost less than any. total: how many there are.
   """
 
   beating: list[Point]
   below: list[Point]
-  count: int
+  total: int
 
 
 def several(metric: str, groups: Mapping[str, Sequence[Row]]) -> Several:
@@ -144,7 +144,7 @@ def _said(sweep: Sweep) -> str:
 def _several_said(metric: str, found: Several) -> list[str]:
   names = ", ".join(point.row["name"] for point in found.beating)
   said = [
-    f"{len(found.beating)} of {found.count} plans that turn several knobs are better "
+    f"{len(found.beating)} of {found.total} plans that turn several knobs are better "
     "than every plan of one knob or none that costs as much or less, by more than "
     f"{page.CLEAR:g} standard errors" + (f" ({names})" if names else "")
   ]

@@ -524,7 +524,7 @@ def test_several_knobs_beat_one_where_nothing_as_cheap_is_as_good():
 
   # The third is dearer than 14 GFLOPs of k4, which has FID 8.06.
   found = sweep_knobs.several("fid", groups)
-  assert (found.beating, names(found.below), found.count) == ([], [WEAK[1]["name"]], 2)
+  assert (found.beating, names(found.below), found.total) == ([], [WEAK[1]["name"]], 2)
   dear = make_row("plain", "k1", knobs="latents", gflops_per_image=6.0, **fid(9.0))
   groups["latents"] = [*groups["latents"], dear]
   found = sweep_knobs.several("fid", groups)
