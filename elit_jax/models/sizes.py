@@ -144,7 +144,7 @@ def laid(model: Model, params: Params, patch: Grid | None = None) -> Params:
   if model.sizes is None:
     return params
   patch = model.patch if patch is None else patch
-  own = dict(params["sizes"].get(folder(patch), {}))
+  own = dict(params.get("sizes", {}).get(folder(patch), {}))
   vector = own.pop("embedding", None)
   out = overlaid({k: v for k, v in params.items() if k != "sizes"}, own)
   if model.sizes.kernel:
@@ -228,7 +228,8 @@ def grown(model: Model, params: Params, key: jax.Array) -> Params:
   own = {
     folder(patch): _own(model, params, patch, key) for patch in spec.patches(model)
   }
-  return out | {"sizes": {name: part for name, part in own.items() if part}}
+  own = {name: part for name, part in own.items() if part}
+  return out | {"sizes": own} if own else out  # no empty folder in a checkpoint
 
 
 def _kernels(
@@ -336,7 +337,7 @@ def baked(model: Model, params: Params, *, merge: bool = True) -> tuple[Model, P
   rank = 0 if merge else sizes.rank
   own: Params = {}
   for patch in sizes.patches:
-    mine = params["sizes"].get(folder(patch), {})
+    mine = params.get("sizes", {}).get(folder(patch), {})
     whole = laid(model, params, patch)
     part = {"patch": whole["patch"], "unembed": {"linear": whole["unembed"]["linear"]}}
     part |= {name: mine[name] for name in mine if name.startswith("norm_")}

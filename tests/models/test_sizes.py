@@ -417,6 +417,11 @@ def test_init_is_the_plain_network_grown(name: str):
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_sizes_without_anything_of_their_own_have_no_folder():
+  assert "sizes" not in grown(BARE)
+  assert run(BARE, grown(BARE), FOUR).shape == run(BARE, grown(BARE), TWO).shape
+
+
 def test_a_plain_network_grafts_into_one_of_two_sizes():
   plain, many = PLAIN["sit"], flexi(ELIT["sit"], kernel=(), rank=2)
   fresh = params_of(many)
