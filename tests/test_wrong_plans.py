@@ -167,7 +167,7 @@ CASES = {
     "config.sample.reuse is -0.1: it must be",
   ),
   "endless reuse": ({"sample__reuse": float("inf")}, "config.sample.reuse is inf"),
-  "an unknown way without a plan": ({"guidance__way": "two"}, "'packed', not 'two'"),
+  "an unknown way without a plan": ({"guidance__way": "two"}, "'rows', not 'two'"),
   # Training budgets with intervals.
   "a reversed interval in training": (
     {"budgets": ("k4", "k8 in [1, 0.5]")},

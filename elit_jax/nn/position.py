@@ -68,7 +68,8 @@ def rotate(x_BNAK: jax.Array, angles_NP: np.ndarray) -> jax.Array:
 
   angles: (N, P), or (B, N, P) where rows differ.
   """
-  angles_BNP = angles_NP if angles_NP.ndim == 3 else angles_NP[None]
+  angles_BNP = np.asarray(angles_NP)
+  angles_BNP = angles_BNP if angles_BNP.ndim == 3 else angles_BNP[None]
   cos, sin = (
     jnp.asarray(f(angles_BNP, dtype=np.float32))[:, :, None] for f in (np.cos, np.sin)
   )

@@ -102,7 +102,7 @@ def test_a_file_may_be_read_by_whom_others_may(tmp_path: pathlib.Path) -> None:
 def test_a_failed_write_leaves_nothing(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  def full_disk(path: pathlib.Path, tensors: dict) -> None:
+  def full_disk(path: pathlib.Path, tensors: dict, about: object) -> None:
     path.write_bytes(b"half")
     raise OSError(28, "No space left on device")
 
