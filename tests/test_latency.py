@@ -386,8 +386,10 @@ def test_a_real_sampler_is_measured(monkeypatch):
   tried = [(Phase(2, Budget(4)), Phase(2, Budget(1)))]
   monkeypatch.setattr(latency, "random_plans", lambda *_, **__: tried)
   monkeypatch.setattr(latency, "LONG", 5)
-  table = latency.measure(make_sampler(config), zeros(config), BUDGETS, {})
-  assert set(table.parts) == set(TRUE)
+  pairs = PAIRS[::2]  # packed and rows without a label, padded with one
+  made = make_sampler(config)
+  table = latency.measure(made, zeros(config), BUDGETS, {}, pairs=pairs)
+  assert set(table.parts) == {*TRUE, *map(latency.part_of, pairs)}
   assert all(np.isfinite(x) and x >= 0 for x in table.parts.values())
   assert [row["plan"] for row in table.error["plans"]] == ["2@k4 2@k1"]
 
