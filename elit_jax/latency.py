@@ -13,7 +13,8 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.logs import Progress
 from elit_jax.sampling import grammar
-from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
+from elit_jax.sampling.plan import JOINED, Guidance, Phase, Plan, Reuse, Way
 from elit_jax.sampling.schedule import Decided, Form
 from elit_jax.sampling.search import Tariff, Unit, price
 
@@ -53,9 +54,10 @@ class Table:
   """ms a sample of each part of a run, and what it was measured with.
 
   parts: "single BUDGET", an evaluation; "double BUDGET", a guided one as a batch of
-  twice the size; "shared", by how much less a pair takes that shares its head;
-  "reused", one branch that is reused; "run" and "phase", what a run takes besides, and
-  every phase but its first. error: what `try_out` found. date: when, in ISO 8601, UTC.
+  twice the size; "WAY BUDGET WEAK LABEL", a guided one whose branches are one in the
+  core; "shared", by how much less a pair takes that shares its head; "reused", one
+  branch that is reused; "run" and "phase", what a run takes besides, and every phase
+  but its first. error: what `try_out` found. date: when, in ISO 8601, UTC.
   """
 
   parts: Mapping[str, float]
@@ -77,11 +79,26 @@ class Table:
     return sum(count * self.parts[name] for name, count in parts.items())
 
 
-def needed(budgets: Collection[Budget]) -> list[str]:
-  """The parts that plans of these budgets can consist of."""
+def joined(phases: Iterable[Phase]) -> tuple[Form, ...]:
+  """The pairs of branches that phases run as one, each once."""
+  found = [
+    Form(p.budget, p.weak_budget, p.guidance.label, way=p.guidance.way)
+    for p in phases
+    if p.guidance and p.joined
+  ]
+  return tuple(dict.fromkeys(found))
+
+
+def part_of(pair: Form) -> str:
+  """The part that a pair is which runs as one."""
+  return f"{pair.way} {pair.budget} {pair.weak} {pair.label}"
+
+
+def needed(budgets: Collection[Budget], pairs: Collection[Form] = ()) -> list[str]:
+  """The parts that plans of these budgets, and `joined` pairs, can consist of."""
   names = [f"{kind} {budget}" for kind in ("single", "double") for budget in budgets]
   shared = ["shared"] if len(budgets) > 1 else []
-  return [*names, *shared, "reused", "run", "phase"]
+  return [*names, *shared, *map(part_of, pairs), "reused", "run", "phase"]
 
 
 def predict_ms(plan: Sequence[Decided], table: Table) -> float:
@@ -90,11 +107,7 @@ def predict_ms(plan: Sequence[Decided], table: Table) -> float:
 
 
 def amounts(form: Form, *, guided: bool, run: bool) -> Amounts:
-  """What one evaluation consists of.
-
-  Both branches in one sequence of the core are taken to last as long as one after the
-  other: how much longer or shorter depends on the kernel, and is not in the table.
-  """
+  """What one evaluation consists of."""
   guided = guided and form.weak is not None
   if not run:
     return {"reused": 2.0 if guided else 1.0}
@@ -102,9 +115,11 @@ def amounts(form: Form, *, guided: bool, run: bool) -> Amounts:
     return {f"single {form.budget}": 1.0}
   if form.way == "batch":
     return {f"double {form.budget}": 1.0}
+  if form.way in JOINED:
+    return {part_of(form): 1.0}
   parts = {f"single {form.budget}": 1.0}
   parts[f"single {form.weak}"] = parts.get(f"single {form.weak}", 0.0) + 1.0
-  if form.label == "same" and form.way in ("shared", "packed"):
+  if form.way == "shared":
     parts["shared"] = -1.0
   return parts
 
@@ -145,8 +160,12 @@ def fit(runs: Sequence[Amounts], ms: Sequence[float]) -> dict[str, float]:
 # --- what is measured -----------------------------------------------------------------
 
 
-def probes(budgets: Sequence[Budget], short: int, long: int) -> list[Plan]:
-  """The runs that a table of these budgets (cheapest first) is fitted to."""
+def probes(
+  budgets: Sequence[Budget], short: int, long: int, pairs: Sequence[Form] = ()
+) -> list[Plan]:
+  """The runs that a table of these budgets (cheapest first), and `joined` pairs, is
+  fitted to.
+  """
   small, large = budgets[0], budgets[-1]
   found: list[Plan] = []
   for budget in budgets:
@@ -156,6 +175,10 @@ def probes(budgets: Sequence[Budget], short: int, long: int) -> list[Plan]:
   found.append((Phase(long, large, None, Reuse(1.0)),))
   if small != large:
     found.append((Phase(long, large, Guidance(2.0, "same", small)),))
+  for pair in pairs:
+    way = typing.cast(Way, pair.way)
+    guidance = Guidance(2.0, pair.label, pair.weak, way=way)
+    found.append((Phase(long, pair.budget, guidance),))
   return found
 
 
@@ -170,9 +193,11 @@ def random_plans(
   count: int = PLANS,
   seed: int = 0,
   reuse: bool = True,
+  pairs: Sequence[Form] = (),
 ) -> list[Plan]:
   """Plans of all kinds, to try a table on: one or two phases, guided in every way or
-  not, always or between two times, with and without reuse.
+  not, always or between two times, with and without reuse; of `joined` pairs some are
+  run as one.
   """
   rng = np.random.default_rng(seed)
 
@@ -185,6 +210,9 @@ def random_plans(
     same = guided == "same" and weak is not None
     made = guide(label="same" if same else "null", budget=weak)
     unguided = guided == "none"
+    ways = [f.way for f in pairs if f[:3] == (budget, weak, made.label)]
+    if ways and (i := int(rng.integers(-1, len(ways)))) >= 0:
+      made = dataclasses.replace(made, way=typing.cast(Way, ways[i]))
     return Phase(
       steps, budget, None if unguided else made, Reuse(0.2) if reused else None
     )
@@ -243,8 +271,10 @@ def measure(
   budgets: Sequence[Budget],
   identity: Mapping[str, Any],
   clock: Callable[[], float] = time.perf_counter,
+  pairs: Sequence[Form] = (),
 ) -> Table | None:
-  """A table of these budgets (cheapest first); None if a termination signal came.
+  """A table of these budgets (cheapest first), and of `joined` pairs of them; None if a
+  termination signal came.
 
   The sampler's own meter decides what the plans it is tried on reuse; without one,
   nothing. Programs are those that sampling uses, for runs of any length.
@@ -259,8 +289,9 @@ def measure(
     possible[int(np.abs(np.array(possible) - n).argmin())] for n in (SHORT, LONG)
   )
   still = dataclasses.replace(made, meter=unchanging)
-  fitted = probes(budgets, short, long)
-  tried = random_plans(budgets, possible.tolist(), reuse=made.meter is not None)
+  fitted = probes(budgets, short, long, pairs)
+  reuse = made.meter is not None
+  tried = random_plans(budgets, possible.tolist(), reuse=reuse, pairs=pairs)
   jobs = dict(still.jobs([*fitted, *tried]))
   programs = preemption.side_by_side(jobs, Progress("compile", len(jobs)).update)
   if programs is None:
@@ -343,13 +374,16 @@ def save(path: pathlib.Path, table: Table) -> None:
 
 
 def load(
-  path: pathlib.Path, identity: Mapping[str, Any], budgets: Sequence[Budget]
+  path: pathlib.Path,
+  identity: Mapping[str, Any],
+  budgets: Sequence[Budget],
+  pairs: Collection[Form] = (),
 ) -> Table:
   """The table in a file.
 
   ConfigError if there is none, if it is damaged or of something else than `identity`,
-  and if it lacks a part of these budgets; the sentence says which, and how to have
-  another.
+  and if it lacks a part of these budgets, or of `joined` pairs; the sentence says
+  which, and how to have another.
   """
   if not path.exists():
     raise ConfigError(f"there is no {path}: {ADVICE}")
@@ -367,7 +401,7 @@ def load(
         f"{path} was measured with {name} {old.get(name)!r}, now it is "
         f"{new.get(name)!r}: {ADVICE}"
       )
-  if missing := [name for name in needed(budgets) if name not in table.parts]:
+  if missing := [name for name in needed(budgets, pairs) if name not in table.parts]:
     raise ConfigError(f"{path} has nothing of {missing[0]!r}: {ADVICE}")
   return table
 

@@ -23,6 +23,7 @@ DRAWN = 20_000  # candidates in the picture, at most
 UNITS = {"ms": ("ms", "ms"), "flops": ("GFLOPs", "gflops")}  # as shown, key of a row
 COLUMNS = {
   "plan": "plan",
+  "way": "way",
   "steps": "steps",
   "tokens": "tokens in the core (mean)",
   "strong": "strong",

@@ -38,11 +38,12 @@ from elit_jax.config import Config
 from elit_jax.errors import ConfigError
 from elit_jax.eval import metrics
 from elit_jax.logs import Progress
-from elit_jax.models import flops, spec
+from elit_jax.models import flops, legal, spec
 from elit_jax.sampling import grammar, search
 from elit_jax.sampling.caching import Meter
 from elit_jax.sampling.cost import phase_costs
-from elit_jax.sampling.plan import Plan
+from elit_jax.sampling.plan import JOINED, Guidance, Plan, Way
+from elit_jax.sampling.schedule import Form
 
 MEASURED = 8  # plans of the frontier whose quality is measured, at most
 BEATEN = 4  # plans that it beats, measured beside them, at most
@@ -93,11 +94,14 @@ class Listing:
 # --- what is searched -----------------------------------------------------------------
 
 
-def space_of(config: Config, model: spec.Model, known: Calibration) -> search.Space:
+def space_of(
+  config: Config, model: spec.Model, known: Calibration, timed: bool = False
+) -> search.Space:
   """What `plan` tries.
 
   Of many training budgets a few, evenly spread in FLOPs with both ends. Unless the
-  config names some, the thresholds whose error was calibrated.
+  config names some, the thresholds whose error was calibrated. timed: for a price in
+  ms, which is what ways to run two branches differ in.
   """
   price = functools.partial(flops.total, model, config.data.shape)
   all_budgets = config_lib.budgets(config, model)
@@ -128,7 +132,24 @@ def space_of(config: Config, model: spec.Model, known: Calibration) -> search.Sp
     config.plan.segments,
     search.aims(guidance, budgets),
     (0.0, *sorted(x for x in {*(config.plan.reuse or known.reuse_error)} if x > 0)),
+    ways_of(guidance, model, budgets) if timed else (),
   )
+
+
+def ways_of(
+  guidance: Guidance | None, model: spec.Model, budgets: Sequence[Budget]
+) -> tuple[Way, ...]:
+  """The ways to run two branches as one, where the config leaves it open, and any two
+  of the budgets may be run so.
+  """
+  if guidance is None or guidance.way != "auto":
+    return ()
+  try:
+    for weak, strong in itertools.combinations(budgets, 2):
+      legal.check_joined(model, strong, weak)
+  except ConfigError:
+    return ()
+  return JOINED
 
 
 def usable_steps(config: Config, model: spec.Model) -> tuple[int, ...]:
@@ -171,8 +192,9 @@ def listing(
   Without a target that is the cheapest plan that should be as good as the usual one.
   ConfigError for a target below the cheapest plan.
   """
-  space = space_of(config, made.model, known)
   target = search.target(config.plan.target)
+  kind = "ms" if table and (target is None or target.kind == "ms") else "flops"
+  space = space_of(config, made.model, known, kind == "ms")
   if target and target.kind == "ms" and table is None:
     raise ConfigError(
       f"config.plan.target is {target.text!r}, and nothing is known of the latency of "
@@ -190,7 +212,6 @@ def listing(
   guidance = config_lib.guidance(config, made.model)
   usual = look(search.Space(space.budgets, (config.sample.steps,), 1, (guidance,)))
   found = look(space)
-  kind = "ms" if table and (target is None or target.kind == "ms") else "flops"
   price = getattr(found, kind)
   front = search.frontier(price, found.excess)
   limit = math.inf
@@ -253,6 +274,7 @@ def row_of(
   whole = plan_table.total(plan_table.phase_rows(decided, costs, tokens, tariff))
   return {
     "plan": grammar.written(plan),
+    "way": plan[0].guidance.way if plan[0].guidance else "",
     "steps": whole["steps"],
     "tokens": whole["tokens"],
     "strong": whole["strong"],
@@ -287,7 +309,8 @@ def run(
     )
   config, model, mesh, step, params = sample.newest(config, workdir)
   known = distributed.together(lambda: calibration.load(workdir, config, step))
-  space = space_of(config, model, known)
+  in_ms = target is None or target.kind == "ms"
+  space = space_of(config, model, known, in_ms)
   bench = None
   if evaluated:  # what it lacks is said before anything is measured or written
     view = evaluate.view_of(config, mesh)
@@ -301,7 +324,8 @@ def run(
     made,
     params,
     space.budgets,
-    needed=target is None or target.kind == "ms",
+    needed=in_ms,
+    pairs=latency.joined(search.guided_phases(space)),
   )
   if preemption.requested():
     logging.info(evaluate.LEAVING)
@@ -327,13 +351,14 @@ def latencies(
   params: Any,
   budgets: Sequence[Budget],
   needed: bool,
+  pairs: Sequence[Form] = (),
 ) -> latency.Table | None:
   """The table of the workdir; where it is `needed` and missing or stale, a new one."""
   path, identity = workdir / latency.FILE, latency.identity(config, mesh)
 
   def look() -> dict[str, Any]:
     try:
-      found = latency.load(path, identity, budgets)
+      found = latency.load(path, identity, budgets, pairs)
     except ConfigError as error:
       return {"reason": str(error).partition(f": {latency.ADVICE}")[0]}
     return {"table": dataclasses.asdict(found)}
@@ -345,7 +370,7 @@ def latencies(
     logging.info("%s, so that no ms are shown", looked["reason"])
     return None
   logging.info("%s: latency is measured anew", looked["reason"])
-  table = latency.measure(made, params, budgets, identity)
+  table = latency.measure(made, params, budgets, identity, pairs=pairs)
   if table:
     distributed.on_leader(functools.partial(latency.save, path, table))
     latency.log_error(table)
@@ -371,7 +396,8 @@ def what_is_known(
   }
   path, identity = workdir / latency.FILE, latency.identity(config, mesh)
   try:
-    table = latency.load(path, identity, sorted(budgets, key=str))
+    pairs = latency.joined(phase for plan in plans for phase in plan)
+    table = latency.load(path, identity, sorted(budgets, key=str), pairs)
     return meter, table.tariff(), ""
   except ConfigError as error:
     return meter, None, str(error)
@@ -433,9 +459,9 @@ def chosen_rows(
     for row in beaten(listed.price, listed.found, listed.front[places])
   ]
   usual = len(listed.usual.flops) - 1
-  plan = listed.usual.plan(usual)
-  if plan not in {listed.found.plan(int(row)) for row in listed.front}:
-    others = [(f, row) for f, row in others if f.plan(row) != plan]
+  plan = grammar.written(listed.usual.plan(usual))  # which ways are no part of
+  if plan not in {grammar.written(p) for p in map(listed.found.plan, listed.front)}:
+    others = [(f, row) for f, row in others if grammar.written(f.plan(row)) != plan]
     others.append((listed.usual, usual))
   rest = [(row_of(config, made, f, row, table), f.plan(row)) for f, row in others]
   return sorted([*front, *rest], key=lambda pair: pair[0][report_key(listed.kind)])
@@ -577,21 +603,24 @@ def report_of(
       "predicted": float(usual.excess[-1]),
     },
     "recommended": best["plan"],
-    "command": command(config, best["plan"], words),
+    "command": command(config, best["plan"], words, best["way"]),
     "latency_error": table.error.get("median_relative_error") if table else None,
     "plans": list(rows),
   }
 
 
-def command(config: Config, plan: str, words: Sequence[str] = ()) -> str:
+def command(config: Config, plan: str, words: Sequence[str] = (), way: str = "") -> str:
   """What samples by a plan, for a shell, where `words` of a command line found it.
 
   Without words, what has to stand beside --config and --workdir. What a plan says
-  itself may not be said beside it.
+  itself may not be said beside it. way: to run two branches, where the plan is guided.
   """
   given = given_flags(config, words)
   kept = [(name, value) for name, value in given if not _is_unread(name)]
   kept += [("mode", "sample"), ("config.sample.plan", plan)]
+  if way and way != config.guidance.way:
+    kept = [(name, value) for name, value in kept if name != "config.guidance.way"]
+    kept.append(("config.guidance.way", way))
   # The config file may say otherwise than the words that are left out here.
   left_out = {name for name, _ in given}
   if config.guidance.scale != 1 or "config.guidance.scale" in left_out:

@@ -15,7 +15,8 @@ from elit_jax import latency, preemption, sample, sharding
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
 from elit_jax.models import denoiser
-from elit_jax.sampling.plan import Guidance, Phase, Reuse
+from elit_jax.sampling.plan import JOINED, Guidance, Phase, Reuse
+from elit_jax.sampling.schedule import Form
 
 BUDGETS = (Budget(1), Budget(4))
 # ms of every part of a run, as a clock of tests has them.
@@ -29,6 +30,13 @@ TRUE = {
   "shared": 0.375,
   "reused": 0.25,
 }
+# And of pairs that run as one.
+PAIRS = tuple(
+  Form(Budget(4), Budget(1), label, way=way)
+  for label in ("null", "same")
+  for way in JOINED
+)
+ALL = TRUE | {latency.part_of(pair): 3.0 + i / 8 for i, pair in enumerate(PAIRS)}
 EXACT = {"rel": 1e-6}
 DATE = "2026-11-21T20:15:00+00:00"
 
@@ -65,17 +73,18 @@ class FakeClock:
   def drawer(self, made: sample.Sampler):
     def draw(params, seed, index, labels, plan):
       found = latency.amounts_of(made.decide(plan))
-      ms = len(index) * sum(TRUE[name] * count for name, count in found.items())
+      ms = len(index) * sum(ALL[name] * count for name, count in found.items())
       self.now += ms / 1e3 * (1 + self.scale * self.noise.exponential())
 
     return draw
 
 
-def measured(monkeypatch, noise: float = 0.0, **leaves) -> latency.Table:
+def measured(monkeypatch, noise: float = 0.0, pairs=(), **leaves) -> latency.Table:
   config, clock = make_config(**leaves), FakeClock(noise)
   monkeypatch.setattr(sample.Sampler, "jobs", lambda self, plans: {})
   monkeypatch.setattr(sample.Sampler, "drawer", lambda self, _: clock.drawer(self))
-  return latency.measure(make_sampler(config), {}, BUDGETS, {"machine": "m"}, clock)
+  made = make_sampler(config)
+  return latency.measure(made, {}, BUDGETS, {"machine": "m"}, clock, pairs)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddim"])
@@ -84,6 +93,28 @@ def test_every_part_is_found(monkeypatch, solver):
   assert table.parts == {name: pytest.approx(ms, **EXACT) for name, ms in TRUE.items()}
   assert table.error["median_relative_error"] < 1e-9
   assert len(table.error["plans"]) == latency.PLANS
+
+
+def test_every_way_of_a_pair_is_measured(monkeypatch):
+  table = measured(monkeypatch, pairs=PAIRS)
+  assert table.parts == {name: pytest.approx(ms, **EXACT) for name, ms in ALL.items()}
+  assert table.error["median_relative_error"] < 1e-9
+
+
+def test_pairs_that_run_as_one_are_found_in_phases():
+  same = Guidance(2.0, "same", Budget(1), way="rows")
+  packed = Guidance(2.0, way="packed")
+  found = latency.joined(
+    [
+      Phase(3, Budget(4), same),
+      Phase(2, Budget(4), dataclasses.replace(same, scale=3.0, low=0.5)),
+      Phase(2, Budget(4), dataclasses.replace(same, way="calls")),
+      Phase(2, Budget(4), dataclasses.replace(packed, scale=1.0)),
+      Phase(2, Budget(4), packed),
+      Phase(2, Budget(4)),
+    ]
+  )
+  assert [*map(latency.part_of, found)] == ["rows k4 k1 same", "packed k4 k4 null"]
 
 
 def test_noise_that_only_adds_hardly_matters(monkeypatch):
@@ -116,6 +147,10 @@ def test_the_table_is_tried_on_all_kinds_of_plans():
     p.reuse for p in sum(latency.random_plans(BUDGETS, [4], reuse=False), ())
   )
   assert latency.random_plans(BUDGETS[:1], [3])  # a model of one budget
+  joined = latency.random_plans(BUDGETS, range(2, 17), pairs=PAIRS)
+  ways = {phase.guidance.way for phase in sum(joined, ()) if phase.guidance}
+  assert "auto" in ways and ways & {*JOINED}
+  assert {*latency.joined(sum(joined, ()))} <= {*PAIRS}
 
 
 PLANS = {
@@ -130,7 +165,14 @@ PLANS = {
   "autog": ((Phase(4, Budget(4), Guidance(2.0, "same", Budget(1))),), 3 + 4 * 3.125),
   "packed": (
     (Phase(4, Budget(4), Guidance(2.0, "same", Budget(1), way="packed")),),
-    3 + 4 * 3.125,
+    3 + 4 * ALL["packed k4 k1 same"],
+  ),
+  "padded, then rows": (
+    tuple(
+      Phase(2, Budget(4), Guidance(2.0, "null", Budget(1), way=way))
+      for way in ("padded", "rows")
+    ),
+    3 + 0.5 + 2 * ALL["padded k4 k1 null"] + 2 * ALL["rows k4 k1 null"],
   ),
   # t = 1, 0.75, 0.5, 0.25: the middle ones are guided.
   "interval": (
@@ -146,10 +188,10 @@ PLANS = {
 def test_prediction_is_arithmetic(name):
   plan, expected = PLANS[name]
   decided = make_sampler(make_config()).decide(plan)
-  table = latency.Table(TRUE, {}, {}, DATE)
+  table = latency.Table(ALL, {}, {}, DATE)
   assert latency.predict_ms(decided, table) == pytest.approx(expected)
   amounts = latency.amounts_of(decided)
-  assert sum(TRUE[n] * count for n, count in amounts.items()) == pytest.approx(expected)
+  assert sum(ALL[n] * count for n, count in amounts.items()) == pytest.approx(expected)
 
 
 def test_all_take_turns_and_the_fastest_counts():
@@ -263,6 +305,15 @@ def test_a_table_without_a_part_is_refused(tmp_path, name):
     assert name not in latency.load(path, identity, BUDGETS[1:]).parts
 
 
+def test_a_table_without_pairs_serves_plans_without_them(tmp_path):
+  path, identity = saved(tmp_path)
+  assert latency.load(path, identity, BUDGETS).parts == TRUE
+  with pytest.raises(ConfigError, match="nothing of 'packed k4 k1 null': .* anew"):
+    latency.load(path, identity, BUDGETS, PAIRS)
+  changed(path, lambda stored: stored["parts"].update(ALL))
+  assert latency.load(path, identity, BUDGETS, PAIRS).parts == ALL
+
+
 def test_a_table_without_a_date_is_of_another_version(tmp_path):
   path, identity = saved(tmp_path)
   changed(path, lambda stored: stored.pop("date"))
@@ -335,8 +386,10 @@ def test_a_real_sampler_is_measured(monkeypatch):
   tried = [(Phase(2, Budget(4)), Phase(2, Budget(1)))]
   monkeypatch.setattr(latency, "random_plans", lambda *_, **__: tried)
   monkeypatch.setattr(latency, "LONG", 5)
-  table = latency.measure(make_sampler(config), zeros(config), BUDGETS, {})
-  assert set(table.parts) == set(TRUE)
+  pairs = PAIRS[::2]  # packed and rows without a label, padded with one
+  made = make_sampler(config)
+  table = latency.measure(made, zeros(config), BUDGETS, {}, pairs=pairs)
+  assert set(table.parts) == {*TRUE, *map(latency.part_of, pairs)}
   assert all(np.isfinite(x) and x >= 0 for x in table.parts.values())
   assert [row["plan"] for row in table.error["plans"]] == ["2@k4 2@k1"]
 

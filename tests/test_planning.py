@@ -22,7 +22,9 @@ from elit_jax import config as config_lib
 from elit_jax import files, latency, plan_report, planning, preemption, sample, sharding
 from elit_jax.budget import Budget
 from elit_jax.errors import ConfigError
+from elit_jax.models import presets, sizes
 from elit_jax.sampling import search
+from elit_jax.sampling.plan import JOINED, Guidance
 
 SETTINGS = {"sample.steps": 8, "plan.steps": (2, 4, 8), "plan.reuse": (0.0,)}
 
@@ -44,6 +46,9 @@ def made_table(config: config_lib.Config, mesh, **changes) -> latency.Table:
   for budget in config.budgets:
     tokens = float(budget[1:])
     parts |= {f"single {budget}": 1 + tokens / 4, f"double {budget}": 1.5 + tokens / 2}
+  for label in ("null", "same"):  # two calls take 3.25
+    ways = {"packed": 3.5, "padded": 4.0, "rows": 3.0}
+    parts |= {f"{way} k4 k1 {label}": ms for way, ms in ways.items()}
   error = {"median_relative_error": 0.04, "plans": []}
   return latency.Table(parts, latency.identity(config, mesh), error, latency.now())
 
@@ -281,7 +286,8 @@ def test_a_missing_table_is_measured_anew(run_main, workdir, monkeypatch, caplog
   path.write_text(json.dumps(stored))
   measured = []
 
-  def measure(made, params, budgets, identity):
+  def measure(made, params, budgets, identity, pairs):
+    assert not pairs
     measured.append(budgets)
     return dataclasses.replace(made_table(config, made.mesh), identity=identity)
 
@@ -294,6 +300,108 @@ def test_a_missing_table_is_measured_anew(run_main, workdir, monkeypatch, caplog
   assert "machine 'another'" in caplog.text and "measured anew" in caplog.text
   run_main(*arguments(workdir))  # and now it is there
   assert len(measured) == 1
+
+
+GUIDED = ("--config.guidance.scale=2.0", "--config.guidance.budget=k1")
+
+
+def test_a_table_without_the_ways_is_measured_anew(
+  run_main, workdir, monkeypatch, caplog
+):
+  caplog.set_level("INFO", "absl")
+  path, pairs_seen = workdir / latency.FILE, []
+  stored = json.loads(path.read_text())
+  stored["parts"] = {n: ms for n, ms in stored["parts"].items() if n.count(" ") < 2}
+  path.write_text(json.dumps(stored))
+
+  def measure(made, params, budgets, identity, pairs):
+    pairs_seen.append([*map(latency.part_of, pairs)])
+    return dataclasses.replace(made_table(make_config(), made.mesh), identity=identity)
+
+  monkeypatch.setattr(latency, "measure", measure)
+  run_main(*arguments(workdir), "--config.plan.target=40ms")
+  run_main(*arguments(workdir), *GUIDED, "--config.plan.target=50%")
+  run_main(*arguments(workdir), *GUIDED, "--config.guidance.way=calls")
+  assert not pairs_seen  # an old table serves what is not run as one
+  assert "no ms" not in caplog.text
+  caplog.clear()
+  run_main(*arguments(workdir), *GUIDED)
+  run_main(*arguments(workdir), *GUIDED)
+  assert pairs_seen == [[f"{way} k4 k1 null" for way in JOINED]]
+  assert caplog.text.count("nothing of 'packed k4 k1 null': latency is measured") == 1
+
+
+def test_the_fastest_way_is_recommended_and_sampled_by(run_main, workdir, monkeypatch):
+  label = "--config.guidance.label=same"  # guided by k1, whatever else
+  stored = made_table(make_config(), sharding.make_mesh())
+  shared = {"shared": 0.0}  # so that one head saves nothing
+  stored = dataclasses.replace(
+    stored,
+    parts=stored.parts | shared,
+    identity=json.loads((workdir / latency.FILE).read_text())["identity"],
+  )
+  latency.save(workdir / latency.FILE, stored)
+  run_main(*arguments(workdir), *GUIDED, label, "--config.guidance.way=auto")
+  report = json.loads((workdir / "plan/plans.json").read_text())
+  (best,) = (row for row in report["plans"] if row["recommended"])
+  assert {row["way"] for row in report["plans"]} == {"rows"}
+  assert best["ms"] == pytest.approx(0.5 + best["steps"] * 3.0)
+  words = shlex.split(report["command"])
+  assert words.count("--config.guidance.way=rows") == 1
+  assert "--config.guidance.way=auto" not in words
+  drawn = []
+  jobs = sample.Sampler.jobs
+
+  def watched(self, plans):
+    drawn.extend(plans := [*plans])
+    return jobs(self, plans)
+
+  monkeypatch.setattr(sample.Sampler, "jobs", watched)
+  run_main(*words[2:])
+  assert {phase.guidance.way for plan in drawn for phase in plan} == {"rows"}
+
+
+@pytest.mark.parametrize(
+  ("leaves", "ways"),
+  [
+    ({}, {"rows"}),
+    ({"plan__target": "60%"}, {"auto"}),  # by FLOPs two calls are the cheapest
+    ({"guidance__way": "packed"}, {"packed"}),
+    ({"guidance__way": "calls"}, {"calls"}),
+  ],
+)
+def test_the_way_is_chosen_where_it_is_left_open(leaves, ways):
+  config = make_config(guidance__scale=2.0, guidance__budget="k1", **leaves)
+  config = dataclasses.replace(config, budgets=("k1", "k4"))
+  model, mesh = config_lib.build_model(config), sharding.make_mesh(config.mesh)
+  table = made_table(config, mesh)
+  equal = {f"packed {b} {b} null": 4.0 for b in ("k1", "k4")}
+  table = dataclasses.replace(table, parts=table.parts | equal)
+  made = sample.from_config(config, model, mesh)
+  known = dataclasses.replace(planned.known(config), reuse_error={})
+  listed = planning.listing(config, made, known, table)
+  cheap = [
+    plan
+    for plan in map(listed.found.plan, range(len(listed.found.flops)))
+    if all(phase.weak_budget != phase.budget for phase in plan)
+  ]
+  assert {phase.guidance.way for plan in cheap for phase in plan} == ways
+  report = planning.report_of(
+    config, listed, planning.rows_of(config, made, listed, table), 1, table
+  )
+  chosen = planning.chosen_rows(config, made, listed, table, report)
+  texts = [row["plan"] for row, _ in chosen]
+  assert len(texts) == len({*texts})  # no plan twice, by whatever way
+
+
+def test_sizes_with_adapters_are_not_run_as_one():
+  sit = presets.dit(presets.Size(2, 16, 2), (1, 1), channels=1, classes=3)
+  budgets = Budget(None, (2, 2)), Budget(None, (1, 1))
+  guidance = Guidance(2.0, "null", budgets[0])
+  shared = sizes.flexi(sit, ((2, 2),))
+  assert planning.ways_of(guidance, shared, budgets) == JOINED
+  own = sizes.flexi(sit, ((2, 2),), kernel=(), rank=2)
+  assert planning.ways_of(guidance, own, budgets) == ()
 
 
 def test_quality_is_measured_and_compared(run_main, workdir):

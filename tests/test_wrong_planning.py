@@ -241,7 +241,7 @@ def test_a_damaged_table_is_measured_anew(
   run_main(*arguments(run), "--mode=describe", "--config.sample.plan=2@k1")
   said = capsys.readouterr().out
   assert "no ms:" in said and latency.ADVICE in said
-  monkeypatch.setattr(latency, "measure", lambda *_: table)
+  monkeypatch.setattr(latency, "measure", lambda *_, **__: table)
   with caplog.at_level("INFO", "absl"):
     run_main(*arguments(run))
   assert "latency is measured anew" in caplog.text

@@ -15,7 +15,7 @@ MOST_STEPS = 100_000
 Way = Literal["auto", "batch", "calls", "packed", "padded", "rows"]
 WAYS: tuple[Way, ...] = get_args(Way)
 # Those that run the core once for two branches, whatever their budgets.
-JOINED = ("packed", "padded", "rows")
+JOINED: tuple[Way, ...] = ("packed", "padded", "rows")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from elit_jax.errors import ConfigError
 from elit_jax.flow.process import Process
 from elit_jax.sampling.caching import Meter
 from elit_jax.sampling.cost import PartsOf, evaluation_flops
-from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
+from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse, Way
 from elit_jax.sampling.schedule import Decided, Form, decide
 from elit_jax.sampling.step import Stepper
 
@@ -65,7 +65,8 @@ class Space(NamedTuple):
   budgets: the cheapest first, those of weak branches among them. segments: equal parts
   of a run that may each have a budget of their own, at most. guidances: one is used in
   the whole run; where a budget is cheaper than that of the weak branch, the plan is
-  left out. reuse: thresholds.
+  left out. reuse: thresholds. ways: that two branches of different budgets may be run
+  by instead of their guidance's, where that takes less ms.
   """
 
   budgets: tuple[Budget, ...]
@@ -73,6 +74,7 @@ class Space(NamedTuple):
   segments: int
   guidances: tuple[Guidance | None, ...] = (None,)
   reuse: tuple[float, ...] = (0.0,)
+  ways: tuple[Way, ...] = ()
 
 
 def ladder(
@@ -109,6 +111,26 @@ def aims(
     return (guidance,)
   weak = (None, *budgets[:-1])  # the largest guides none but itself
   return tuple(dataclasses.replace(guidance, budget=budget) for budget in weak)
+
+
+def by_ways(
+  guidance: Guidance | None, ways: Sequence[Way]
+) -> tuple[Guidance | None, ...]:
+  """The same guidance by its own way first, and by all others that it may be run by."""
+  if guidance is None or guidance.budget is None:
+    return (guidance,)
+  return guidance, *(dataclasses.replace(guidance, way=way) for way in ways)
+
+
+def guided_phases(space: Space) -> list[Phase]:
+  """Every guided phase that plans of a space can have, of one step."""
+  return [
+    Phase(1, budget, one)
+    for guidance in space.guidances
+    for one in by_ways(guidance, space.ways)
+    for budget in space.budgets
+    if one is not None and _may_guide(space, one, budget)
+  ]
 
 
 # --- what it costs --------------------------------------------------------------------
@@ -292,10 +314,11 @@ def search(
   """Prices every plan of the space, and predicts what it gives.
 
   The excess error of a plan is that of its predictions, as the mean over the run's
-  time, plus that of so many steps, plus that of its reuse. ConfigError for a space
-  without a plan.
+  time, plus that of so many steps, plus that of its reuse. Every plan is there once, by
+  the fastest of its ways, where ms are known. ConfigError for a space without a plan.
   """
   tariffs = [flops] if ms is None else [flops, ms]
+  ways = () if ms is None else space.ways
   maker = _Maker(space, stepper, process, tariffs, quality, meter and remembered(meter))
   blocks: list[Block] = []
   columns: list[list[np.ndarray]] = []
@@ -304,14 +327,15 @@ def search(
     reuse = Reuse(threshold) if threshold else None
     for guidance in space.guidances:
       for phases in phases_of(steps, space.segments):
-        block = Block(phases, guidance, reuse)
-        made = maker.block(block)
-        if made is None:
-          continue
-        place, flops_N, ms_N, excess_N = made
-        here = np.full(len(place), len(blocks))
-        columns.append([here, place, flops_N, ms_N, excess_N + base])
-        blocks.append(block)
+        tried = [Block(phases, one, reuse) for one in by_ways(guidance, ways)]
+        made = [maker.block(block) for block in tried]
+        for block, found in zip(tried, _fastest(made), strict=True):
+          if found is None:
+            continue
+          place, flops_N, ms_N, excess_N = found
+          here = np.full(len(place), len(blocks))
+          columns.append([here, place, flops_N, ms_N, excess_N + base])
+          blocks.append(block)
   if not sum(len(column[0]) for column in columns):
     raise ConfigError(
       "no plan can be tried: config.plan needs numbers of steps, and guidance by the "
@@ -319,6 +343,26 @@ def search(
     )
   joined = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
   return Found(space.budgets, tuple(blocks), *joined)
+
+
+def _fastest(
+  tried: Sequence[tuple[np.ndarray, ...] | None],
+) -> list[tuple[np.ndarray, ...] | None]:
+  """What `_Maker.block` makes of blocks that differ in the way alone: of the plans of
+  a place the one with the least ms is left, of equal ones the first.
+  """
+  known = [one for one in tried if one is not None]
+  if len(known) < 2:
+    return [*tried]
+  place, _, ms, _ = (np.concatenate(columns) for columns in zip(*known, strict=True))
+  order = np.lexsort((np.arange(len(ms)), ms, place))
+  kept = np.zeros(len(ms), bool)
+  kept[order[np.diff(place[order], prepend=-1) > 0]] = True
+  masks = iter(np.split(kept, np.cumsum([len(one[0]) for one in known[:-1]])))
+  return [
+    None if one is None else tuple(column[mask] for column in one)
+    for one, mask in ((one, None if one is None else next(masks)) for one in tried)
+  ]
 
 
 def remembered(meter: Meter) -> Meter:
@@ -360,7 +404,7 @@ class _Maker:
     )
     if block.reuse and all(phase.run_SE.all() for phase in decided):
       return None
-    legal_B = np.array([_may_guide(budgets, guidance, b) for b in budgets])
+    legal_B = np.array([_may_guide(self.space, guidance, b) for b in budgets])
     counts_P4 = np.stack([counts(phase) for phase in decided])
     tables = [
       (counts_P4 @ self._units(i, guidance, legal_B).T, tariff.run, tariff.phase)
@@ -415,14 +459,16 @@ class _Maker:
     return np.array(rows, np.float64)
 
 
-def _may_guide(
-  rising: Sequence[Budget], guidance: Guidance | None, strong: Budget
-) -> bool:
-  """Whether the weak branch is no stronger; with the same label, weaker."""
+def _may_guide(space: Space, guidance: Guidance | None, strong: Budget) -> bool:
+  """Whether the weak branch is no stronger; with the same label, or by a way of the
+  space, weaker.
+  """
   if guidance is None or guidance.budget is None:
     return True
-  gap = rising.index(strong) - rising.index(guidance.budget)
-  return gap > 0 if guidance.label == "same" else gap >= 0
+  apart = guidance.label == "same" or guidance.way in space.ways
+  if apart and guidance.budget == strong:
+    return False
+  return not guidance.budget.exceeds(strong)
 
 
 def _error(

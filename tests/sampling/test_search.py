@@ -15,7 +15,7 @@ from elit_jax.flow.process import process
 from elit_jax.models import elastic, flops, presets
 from elit_jax.sampling import search
 from elit_jax.sampling.cost import plan_cost
-from elit_jax.sampling.plan import Guidance
+from elit_jax.sampling.plan import JOINED, Guidance, Plan
 from elit_jax.sampling.schedule import decide
 from elit_jax.sampling.steppers import stepper
 
@@ -199,6 +199,90 @@ def test_the_aim_of_guidance_stays():
   assert search.aims(batch, budgets) == (batch,)
   (same,) = search.aims(GUIDANCES["autog"][0], budgets)
   assert same == GUIDANCES["autog"][0]
+
+
+def by_way(ms: dict[str, float]):
+  """What a guided evaluation takes by each way."""
+
+  def unit(form) -> search.Unit:
+    return search.Unit(form.budget.latents, ms.get(form.way, 5.0), 0.5, 1.0)
+
+  return search.Tariff(unit)
+
+
+def searched(space: search.Space, ms: search.Tariff | None) -> search.Found:
+  flops, quality = search.flops_tariff(PARTS), made_quality(space.budgets)
+  euler = stepper("euler")
+  return search.search(space, euler, LINEAR, flops, ms, quality, slow_change)
+
+
+@pytest.mark.parametrize(
+  ("ms", "best"),
+  [
+    ({"rows": 4.0, "packed": 4.5}, "rows"),
+    ({"packed": 4.0, "padded": 4.0}, "packed"),
+    ({"rows": 6.0}, "auto"),
+    ({}, "auto"),  # all alike
+  ],
+)
+def test_every_plan_is_run_by_its_fastest_way(ms, best):
+  autog = Guidance(2.0, "same", Budget(1))
+  guidances = (CFG, dataclasses.replace(CFG, budget=Budget(1)), autog)
+  space = search.Space(RISING[:3], (4,), 2, guidances, (0.0, 0.15), JOINED)
+  tariff = by_way({"packed": 9.0, "padded": 9.0, "rows": 9.0} | ms if ms else {})
+  found = searched(space, tariff)
+  plain = searched(space._replace(ways=()), tariff)
+  plans = [found.plan(row) for row in range(len(found.ms))]
+  rows = {by_auto(p): row for row, p in enumerate(plans)}
+  assert len(rows) == len(plans) == len(plain.ms)  # each once
+  ways = set()
+  for row in range(len(plain.ms)):
+    usual = plain.plan(row)
+    mine = rows[by_auto(usual)]
+    assert found.ms[mine] <= plain.ms[row] and found.excess[mine] == plain.excess[row]
+    (way,) = {p.guidance.way for p in plans[mine]}
+    apart = all(p.weak_budget != p.budget for p in usual)
+    guided = any(p.guided_SE.any() for p in decide(usual, *SOLVED, slow_change))
+    assert way == (best if apart and guided else "auto")
+    ways.add(way)
+    cost = plan_cost(plans[mine], *SOLVED, PARTS, slow_change)
+    assert found.flops[mine] == cost.flops
+  assert best in ways
+  # Without ms there is nothing to choose by.
+  untimed = searched(space, None)
+  assert [untimed.plan(i) for i in range(len(untimed.flops))] == [
+    plain.plan(i) for i in range(len(plain.flops))
+  ]
+
+
+SOLVED = (stepper("euler"), LINEAR)
+
+
+def by_auto(found: Plan) -> Plan:
+  """The same whatever the way."""
+  return tuple(
+    dataclasses.replace(p, guidance=dataclasses.replace(p.guidance, way="auto"))
+    for p in found
+  )
+
+
+def test_the_phases_of_a_space_are_those_of_its_plans():
+  guidances = (None, CFG, dataclasses.replace(CFG, budget=Budget(1)))
+  space = search.Space(RISING[:3], (4,), 2, guidances, ways=("rows",))
+  assert [
+    (p.steps, p.budget.latents, p.weak_budget.latents, p.guidance.way)
+    for p in search.guided_phases(space)
+  ] == [
+    *((1, k, k, "auto") for k in (1, 2, 4)),
+    *((1, k, 1, "auto") for k in (1, 2, 4)),
+    *((1, k, 1, "rows") for k in (2, 4)),
+  ]
+
+
+def test_of_two_knobs_neither_is_further_open_in_the_weak_branch():
+  budgets = Budget(4, (4, 4)), Budget(1, (2, 2)), Budget(4, (2, 2))
+  space = search.Space(budgets, (4,), 1, (dataclasses.replace(CFG, budget=budgets[0]),))
+  assert [phase.budget for phase in search.guided_phases(space)] == [*budgets[::2]]
 
 
 def test_a_weak_branch_is_never_the_stronger_one():
