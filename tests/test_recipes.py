@@ -200,6 +200,7 @@ def check_step(run: str, folder: pathlib.Path) -> None:
   assert metrics["bad_steps"] == 0
 
 
+@pytest.mark.slow  # fast: on shards of synthetic pictures, test_prepare.py
 def test_a_narrow_step_on_photographs(latents, monkeypatch):
   monkeypatch.setitem(presets.SIZES, "B", presets.Size(12, 96, 4))
   check_step("elit-b-256-75", latents("elit-b-256-75"))

@@ -493,7 +493,11 @@ def traced_steps(workdir: pathlib.Path) -> list[int]:
 
 @pytest.mark.parametrize(
   ("window", "wanted"),
-  [("33:36", [33, 34, 35]), ("20:32", [30, 31]), ("38:90", [38, 39])],
+  [
+    ("33:36", [33, 34, 35]),
+    pytest.param("20:32", [30, 31], marks=pytest.mark.slow),
+    pytest.param("38:90", [38, 39], marks=pytest.mark.slow),
+  ],
 )
 def test_the_steps_asked_for_are_traced(finished, resumed, window, wanted):
   """Also of a run that begins or ends among them; and it is the run all the same."""

@@ -54,6 +54,7 @@ def rows(found: dict[str, Any], part: str) -> dict[str, dict[str, Any]]:
   return {row["budget"]: row for row in found["rows"] if row["part"] == part}
 
 
+@pytest.mark.slow  # a whole run of the benchmark
 def test_every_field_is_there(found: dict[str, Any]) -> None:
   assert set(found) == {
     *("settings", "machine", "parameters", "torch", "rows", "shape", "ratios", "host")
@@ -76,6 +77,7 @@ def test_every_field_is_there(found: dict[str, Any]) -> None:
     assert all(row["program_bytes"] > 0 for row in rows(found, part).values())
 
 
+@pytest.mark.slow  # a whole run of the benchmark
 def test_flops_come_from_the_trunk(found: dict[str, Any]) -> None:
   args = run.parse([*TINY, "--out=x.json"])
   config = bench_config(args.split, args.budgets)
@@ -96,6 +98,7 @@ def test_flops_come_from_the_trunk(found: dict[str, Any]) -> None:
     assert rows(found, "sample")[name]["gflops"] == pytest.approx(gflops)
 
 
+@pytest.mark.slow  # a whole run of the benchmark
 def test_rates_and_shape_follow_from_the_rows(found: dict[str, Any]) -> None:
   for row in found["rows"]:
     rate = row["gflops"] / row["seconds"]
@@ -112,6 +115,7 @@ def test_rates_and_shape_follow_from_the_rows(found: dict[str, Any]) -> None:
     assert entry["excess"] == pytest.approx(seconds / flops - 1)
 
 
+@pytest.mark.slow  # a whole run of the benchmark
 def test_the_table_shows_every_row(found: dict[str, Any]) -> None:
   text = report.table(found)
   for row in found["rows"]:

@@ -203,6 +203,7 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
   return sorted(int(name) for name in names if name.isdigit())
 
 
+@pytest.mark.slow  # fast: the signals and damages below
 def test_killed_again_and_again(reference, tmp_path):
   workdir = tmp_path / "killed"
   plan = ["start", "train", "save"]

@@ -100,7 +100,13 @@ def pooled(x: np.ndarray) -> np.ndarray:
 # --- the first size is the network that it was ----------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("sit", "dit", "original uvit", "hdit", "modern, elit")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in MODELS],
+)
 def test_the_first_size_is_the_plain_network(name: str):
   model = MODELS[name]
   many = flexi(model)
@@ -290,7 +296,13 @@ def test_read_sees_the_pixels_of_its_group_alone():
     np.testing.assert_array_equal(moved[[0, 2, 3]], 0)
 
 
-@pytest.mark.parametrize("name", ELIT)
+@pytest.mark.parametrize(
+  "name",
+  [
+    n if n in ("modern", "mmdit") else pytest.param(n, marks=pytest.mark.slow)
+    for n in ELIT
+  ],
+)
 def test_the_two_knobs_are_put_on_in_any_order(name: str):
   first = flexi(ELIT[name])
   assert elastic.elit(flexi(PLAIN[name]), (2, 2), head=1, tail=1) == first
