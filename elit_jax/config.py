@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from elit_jax import ema, files, optim, sharding
+from elit_jax import ema, files, optim, sharding, trees
 from elit_jax.budget import Budget, Interval, TimedBudget, patch_text, read_patch
 from elit_jax.data import shards, sources, stored
 from elit_jax.data import spread as spread_lib
@@ -386,15 +386,35 @@ def check_distillation(config: Config, model: spec.Model) -> None:
       f"config.flow.distill {config.flow.distill!r} teaches other patch sizes what the "
       "first one predicts, and this model has one: give it others with config.flexi"
     )
-  for text, budget in zip(
-    budget_texts(config, model), budgets(config, model), strict=True
-  ):
-    if budget.patch in (None, model.patch):
+
+
+def check_training(config: Config, model: spec.Model) -> None:
+  """Raises ConfigError for budgets at which nothing would be learnt."""
+  if model.sizes is None:
+    return
+  pairs = zip(budget_texts(config, model), budgets(config, model), strict=True)
+  for text, budget in pairs:
+    if config.flow.distill and budget.patch == model.patch:
       others = ", ".join(map(patch_text, model.sizes.patches))
       raise ConfigError(
         f"config.flow.distill {config.flow.distill!r} would teach the first patch size "
         f"to itself at budget {text!r} of config.budgets: train at others, {others}"
       )
+    laid = jax.eval_shape(
+      functools.partial(_own_parts, model, budget), denoiser.abstract_params(model)
+    )
+    if config.optim.only and not trees.split(laid, config.optim.only)[0]:
+      raise ConfigError(
+        f"config.optim.only {config.optim.only!r} trains nothing that budget {text!r} "
+        "of config.budgets uses: train at others, or train more"
+      )
+
+
+def _own_parts(model: spec.Model, budget: Budget, params: Any) -> Any:
+  """The parameters without those of other patch sizes."""
+  here = sizes.folder(budget.patch or model.patch)
+  own = {n: part for n, part in params.get("sizes", {}).items() if n == here}
+  return params | {"sizes": own}
 
 
 def check_mmd(config: Config, given: MmdConfig, model: spec.Model) -> None:
@@ -405,7 +425,7 @@ def check_mmd(config: Config, given: MmdConfig, model: spec.Model) -> None:
       "config.mmd takes steps at a large patch size before those at a small one, and "
       "this model has one size: give it others with config.flexi"
     )
-  if model.text is not None:
+  if model.text is not None and not model.text.table:
     raise ConfigError(
       f"config.mmd compares samples of classes, and {config.model.preset!r} is asked "
       "for text: leave config.mmd out"

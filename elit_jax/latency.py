@@ -94,10 +94,21 @@ def part_of(pair: Form) -> str:
   return f"{pair.way} {pair.budget} {pair.weak} {pair.label}"
 
 
+def sharing(budgets: Sequence[Budget]) -> tuple[Budget, Budget] | None:
+  """Of budgets (cheapest first) the dearest and a cheapest with which it can share a
+  head, which takes one patch size; None if no two have one.
+  """
+  for strong in reversed(budgets):
+    for weak in budgets:
+      if weak != strong and weak.patch == strong.patch and not weak.exceeds(strong):
+        return strong, weak
+  return None
+
+
 def needed(budgets: Collection[Budget], pairs: Collection[Form] = ()) -> list[str]:
   """The parts that plans of these budgets, and `joined` pairs, can consist of."""
   names = [f"{kind} {budget}" for kind in ("single", "double") for budget in budgets]
-  shared = ["shared"] if len(budgets) > 1 else []
+  shared = ["shared"] if sharing(list(budgets)) else []
   return [*names, *shared, *map(part_of, pairs), "reused", "run", "phase"]
 
 
@@ -166,19 +177,20 @@ def probes(
   """The runs that a table of these budgets (cheapest first), and `joined` pairs, is
   fitted to.
   """
-  small, large = budgets[0], budgets[-1]
+  large = budgets[-1]
   found: list[Plan] = []
   for budget in budgets:
     found += [(Phase(steps, budget),) for steps in (short, long)]
     found.append((Phase(long, budget, Guidance(2.0)),))
   found.append((Phase(short, large), Phase(long - short, large)))
   found.append((Phase(long, large, None, Reuse(1.0)),))
-  if small != large:
-    found.append((Phase(long, large, Guidance(2.0, "same", small)),))
-  for pair in pairs:
-    way = typing.cast(Way, pair.way)
-    guidance = Guidance(2.0, pair.label, pair.weak, way=way)
-    found.append((Phase(long, pair.budget, guidance),))
+  if pair := sharing(budgets):
+    strong, weak = pair
+    found.append((Phase(long, strong, Guidance(2.0, "same", weak)),))
+  for form in pairs:
+    way = typing.cast(Way, form.way)
+    guidance = Guidance(2.0, form.label, form.weak, way=way)
+    found.append((Phase(long, form.budget, guidance),))
   return found
 
 

@@ -1,5 +1,6 @@
 """Ways of sampling that are evaluated side by side: the rows of reports and sweeps."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -12,10 +13,11 @@ from absl import logging
 from elit_jax import config as config_lib
 from elit_jax.budget import Budget
 from elit_jax.config import Config
+from elit_jax.errors import ConfigError
 from elit_jax.flow.process import process
-from elit_jax.models import flops, spec
+from elit_jax.models import flops, legal, spec
 from elit_jax.sampling import grammar
-from elit_jax.sampling.plan import Guidance, Phase, Plan, Reuse
+from elit_jax.sampling.plan import JOINED, Guidance, Phase, Plan, Reuse, Way
 
 SHOWN = 10  # samples of a row in a picture of a sweep, at most
 
@@ -90,15 +92,15 @@ def guided_rows(config: Config, model: spec.Model, scale: float) -> list[Row]:
   """CFG at the largest budget, and with more than one budget cheap CFG and
   AutoGuidance, both with the smallest as the weak one. None at scale 1.
 
-  All run as `guidance.way` has it; different budgets, which have no batch in common,
-  by "auto" instead of "batch".
+  All run as `guidance.way` has it; different budgets, which have no batch in common and
+  maybe no rows, by "auto" where they cannot.
   """
   if scale == 1:
     return []
   full, *_, small = [*by_price(config, model)] * 2
   g = config.guidance
   way = config_lib.guided_way(config)
-  apart = "auto" if way == "batch" else way
+  apart = way if _may_join(model, full, small, way) else "auto"
   channels = config_lib.guided_channels(config)
   guide = functools.partial(Guidance, scale, low=g.low, high=g.high, channels=channels)
   guidances = {"CFG": guide(way=way)}
@@ -113,6 +115,16 @@ def guided_rows(config: Config, model: spec.Model, scale: float) -> list[Row]:
     Row(f"{name} {scale:g}", name.lower(), (phase(found),), config.eval.count)
     for name, found in guidances.items()
   ]
+
+
+def _may_join(model: spec.Model, full: Budget, small: Budget, way: Way) -> bool:
+  """Whether two budgets can be run in this way; two have no batch in common."""
+  if way in JOINED:
+    with contextlib.suppress(ConfigError):
+      legal.check_joined(model, full, small)
+      return True
+    return False
+  return way != "batch"
 
 
 def sampled_rows(config: Config, model: spec.Model) -> list[Row]:

@@ -114,6 +114,7 @@ def prepare(
   """What a run stands on; ConfigError for all that can be refused before it begins."""
   model = config_lib.build_model(config)
   budgets = config_lib.timed_budgets(config, model)
+  config_lib.check_training(config, model)
   mesh = config_lib.make_mesh(config, model)
   sharding.check_batch(config.train.batch_size, config.train.accumulation, mesh)
   source = distributed.together(lambda: open_source(config))

@@ -412,3 +412,16 @@ def test_on_an_idle_machine_the_error_is_below_a_tenth():
     make_sampler(config), zeros(config), [Budget(k) for k in (1, 2, 4, 8)], {}
   )
   assert table.error["median_relative_error"] < 0.1, table.error
+
+
+def test_a_head_is_shared_at_one_patch_size_alone():
+  coarse, few, all_open = Budget(1, (4, 4)), Budget(1, (2, 2)), Budget(8, (2, 2))
+  both = [coarse, few, all_open]  # cheapest first
+  assert latency.sharing(both) == (all_open, few)
+  apart = [Budget(None, (4, 4)), Budget(None, (2, 2))]
+  assert latency.sharing(apart) is None
+  for budgets, wanted in ((both, True), (apart, False)):
+    assert ("shared" in latency.needed(budgets)) == wanted
+    guides = [p[0] for p in latency.probes(budgets, 2, 4) if p[0].guidance]
+    same = [p for p in guides if p.guidance.label == "same"]
+    assert [p.weak_budget.patch == p.budget.patch for p in same] == [True] * wanted

@@ -244,16 +244,38 @@ def test_the_teacher_is_the_network_itself_at_its_first_size(before):
     ({"optim__only": "^size/"}, ("'^size/' finds no parameter", "sizes/4x4", "patch")),
     ({"optim__only": "("}, ("'('", "no regular expression")),
     ({"flow__distill": "l2"}, ("flow.distill 'l2'", "'l2norm'")),
-    (
-      {"flow__distill": "mse", "budgets": ("p4", "100%")},
-      ("'100%' of config.budgets", "train at others, p4"),
-    ),
   ],
 )
 def test_what_cannot_be_trained(leaves, parts):
   with pytest.raises(ConfigError) as error:
     make_config(**leaves)
   assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("leaves", "parts"),
+  [
+    (
+      {"flow__distill": "mse", "budgets": ("p4", "100%")},
+      ("'100%' of config.budgets", "train at others, p4"),
+    ),
+    ({"budgets": ("p4", "p2")}, ("trains nothing that budget 'p2'",)),
+    ({"budgets": ("p4",), "optim__only": "^sizes/"}, ()),
+    ({"budgets": ("p2",), "optim__only": "^(sizes|label)/"}, ()),
+  ],
+)
+def test_budgets_that_learn_nothing_can_be_looked_at_but_not_trained(
+  leaves, parts, tmp_path
+):
+  config = make_config(**leaves)  # evaluated at all of them
+  model = config_lib.build_model(config)
+  if not parts:
+    config_lib.check_training(config, model)
+    return
+  with pytest.raises(ConfigError) as error:
+    train.prepare(config, tmp_path / "run")
+  assert all(part in str(error.value) for part in parts), str(error.value)
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_run_goes_on_with_the_parts_that_it_began_with(tmp_path):

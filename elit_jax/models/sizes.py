@@ -55,19 +55,28 @@ def flexi(model: Model, patches: tuple[Grid, ...], **fields: Any) -> Model:
     )
   largest = tuple(max(sides) for sides in zip(*all_sizes, strict=True))
   sizes = Sizes(patches, **{"kernel": largest, **fields})
+  if not 0 <= sizes.rank <= model.width:
+    raise ConfigError(
+      f"adapters have a rank of 1 to the width {model.width}, or 0 for none: not "
+      f"{sizes.rank}"
+    )
   if sizes.kernel and sizes.rank:
     raise ConfigError(
       f"adapters of rank {sizes.rank} leave the network as it is, so that every size "
       "needs kernels of its own: give none that are shared"
     )
-  if sizes.rank < 0:
-    raise ConfigError(f"adapters have a rank of 1 or above, or 0: not {sizes.rank}")
   for patch in all_sizes if sizes.kernel else ():
-    _check_kernel(sizes.kernel, patch, model.patch)
+    _check_kernel(sizes.kernel, patch)
+  for patch in patches:
+    if not resize.sees_all(model.patch, patch):
+      raise ConfigError(
+        f"patch size {patch} loses information beside {model.patch}, for their resize "
+        "passes taps over: use one of at most twice or at least half its sides"
+      )
   return dataclasses.replace(model, sizes=sizes)
 
 
-def _check_kernel(kernel: Grid, patch: Grid, first: Grid) -> None:
+def _check_kernel(kernel: Grid, patch: Grid) -> None:
   if len(kernel) != len(patch):
     raise ConfigError(
       f"kernels of {kernel} must have the {len(patch)} sides of a patch"
@@ -77,7 +86,7 @@ def _check_kernel(kernel: Grid, patch: Grid, first: Grid) -> None:
       f"patch size {patch} loses information in kernels of {kernel}, which are "
       "smaller: use larger ones"
     )
-  if not resize.keeps_constants(kernel, patch, first):
+  if not resize.sees_all(kernel, patch):
     raise ConfigError(
       f"patch size {patch} loses information in kernels of {kernel}: its resize passes "
       "some of their taps over; use smaller kernels, or a size nearer to theirs"

@@ -89,12 +89,10 @@ def keeps(kernel: Grid, patch: Grid) -> bool:
   return np.allclose(there, eye, atol=1e-9) and np.allclose(back, eye, atol=1e-9)
 
 
-def keeps_constants(kernel: Grid, patch: Grid, first: Grid) -> bool:
-  """Whether a patch of one colour is embedded at a size as at the `first` one, from
-  which the kernel was made.
-  """
-  summed = embedding(kernel, patch).sum(0) @ bilinear(kernel, first).T
-  return np.allclose(summed, 1.0, atol=1e-9)
+def sees_all(one: Grid, other: Grid) -> bool:
+  """Whether every tap of the larger counts in a resize to the smaller, by axis."""
+  pairs = [sorted(sides) for sides in zip(one, other, strict=True)]
+  return all(_axis(large, small).any(0).all() for small, large in pairs)
 
 
 def apply(matrix: np.ndarray, taps: jax.Array) -> jax.Array:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -503,7 +502,14 @@ ODD = presets.original_uvit(SIZE, grid=(4, 3), **FORM)
 VIDEO = presets.dit(SIZE, (1, 2, 2), **FORM)
 REFUSED = {
   "not dividing": (lambda: built(SIT, (3, 3)), r"at patch size p3: patch \(3, 3\)"),
-  "too large": (lambda: built(SIT, (16, 16)), r"patch \(16, 16\) does not divide"),
+  "too large": (
+    lambda: built(presets.dit(SIZE, (8, 8), **FORM), (16, 16)),
+    r"patch \(16, 16\) does not divide",
+  ),
+  "too far": (
+    lambda: built(SIT, (8, 8), kernel=()),
+    r"\(8, 8\) loses information beside \(2, 2\)",
+  ),
   "none": (lambda: built(SIT), "at least one"),
   "the first again": (lambda: built(SIT, (2, 2)), "must be others, each once"),
   "twice": (lambda: built(SIT, (4, 4), (4, 4)), "must be others, each once"),
@@ -525,6 +531,7 @@ REFUSED = {
   ),
   "adapters on shared kernels": (lambda: built(SIT, (4, 4), rank=4), "of its own"),
   "rank below 0": (lambda: built(SIT, (4, 4), kernel=(), rank=-1), "not -1"),
+  "rank above the width": (lambda: built(SIT, (4, 4), kernel=(), rank=33), "width 32"),
   "a group cut": (
     lambda: built(elastic.elit(SIT, (1, 4), 1, 1), (4, 4)),
     r"a group of \(1, 4\) patches of \(2, 2\) is \(2, 8\) pixels, which patches of",
@@ -536,8 +543,8 @@ REFUSED = {
     "learned positions' grid",
   ),
   "down does not divide": (
-    lambda: built(PLAIN["hdit"], (8, 8)),
-    r"at patch size p8: Down merges \(2, 2\)",
+    lambda: built(PLAIN["hdit"], (4, 4), shape=(12, 12, 2)),
+    r"at patch size p4: Down merges \(2, 2\)",
   ),
   "an unknown size": (
     lambda: spec.budget_for(flexi(SIT), SHAPE, "p8"),
@@ -575,4 +582,3 @@ def test_streams_of_two_sizes_have_no_head_in_common():
 
 def test_as_many_refusals_as_the_house_wants():
   assert len(REFUSED) >= 15
-  assert math.isclose(TWO.openness[1], 0.25)

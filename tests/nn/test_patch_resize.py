@@ -52,12 +52,16 @@ def test_kernels_survive_in_larger_ones_alone(kernel: int, patch: int):
 
 
 def test_a_size_that_passes_taps_over_is_found():
-  """From 4 taps to 1 the outer two are not looked at."""
+  """From 4 taps to 1 the outer two are not looked at, from 8 to 2 four."""
   np.testing.assert_allclose(resize.bilinear((4,), (1,)), [[0, 0.5, 0.5, 0]])
-  assert not resize.keeps_constants((4, 4), (1, 1), (2, 2))
-  for patch in ((2, 2), (4, 4), (3, 3), (2, 4)):
-    assert resize.keeps_constants((4, 4), patch, (2, 2))
-  assert resize.keeps_constants((8, 8), (4, 4), (2, 2))
+  seen = {(m, n): resize.sees_all((m, m), (n, n)) for m in SIDES for n in SIDES}
+  for (m, n), found in seen.items():
+    assert found == (max(m, n) <= 2 * min(m, n)) == seen[n, m]
+    small, large = sorted((m, n))
+    constant = np.ones(large**2)
+    embedded = resize.bilinear((large,) * 2, (small,) * 2) @ constant
+    np.testing.assert_allclose(embedded, 1)
+  assert not resize.sees_all((2, 4), (2, 1))
 
 
 def test_means_are_of_what_is_covered():
