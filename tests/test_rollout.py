@@ -311,7 +311,7 @@ def test_a_model_of_one_size_and_one_of_text():
     raw.mmd = ConfigDict(PART)
     config_lib.resolve(raw)
   config, model = config_of(), config_lib.build_model(config_of())
-  model = SimpleNamespace(sizes=model.sizes, text="some")
+  model = SimpleNamespace(sizes=model.sizes, text=SimpleNamespace(table=False))
   with pytest.raises(ConfigError, match="samples of classes.*asked for text"):
     config_lib.check_mmd(config, config.mmd, model)
   assert make_config().mmd is None
