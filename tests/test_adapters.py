@@ -52,8 +52,8 @@ def tmp(run_main, tmp_path_factory) -> pathlib.Path:
   for name, patches, rank in (
     ("flexi", ("p4",), 2),
     ("ranked", ("p4",), 3),
-    ("coarse", ("p8",), 2),
-    ("both", ("p4", "p8"), 2),
+    ("fine", ("p1",), 2),
+    ("both", ("p4", "p1"), 2),
   ):
     text = CONFIG.format(patches=patches, rank=rank)
     (folder / f"{name}.py").write_text(text)
@@ -122,7 +122,7 @@ def test_another_size_beside_it_does_not_matter(tmp, run_main):
   """The base is what all sizes have in common."""
   run_main(*take(tmp, "base.safetensors", "p4.safetensors", "both", to="two"))
   there, here = params_of(tmp / "run"), params_of(tmp / "two")
-  assert set(here["sizes"]) == {"4x4", "8x8"}
+  assert set(here["sizes"]) == {"1x1", "4x4"}
   assert bits(here["sizes"]["4x4"]) == bits(there["sizes"]["4x4"])
 
 
@@ -134,7 +134,7 @@ def test_another_size_beside_it_does_not_matter(tmp, run_main):
       ("base.safetensors", "p4.safetensors", "ranked"),
       ("lora_a", "(4, 2, 16, 2)", "(4, 2, 16, 3)", "config.flexi.rank 2 was"),
     ),
-    (("base.safetensors", "p4.safetensors", "coarse"), ("sizes.4x4", "no place")),
+    (("base.safetensors", "p4.safetensors", "fine"), ("sizes.4x4", "no place")),
     (("base.safetensors", "base.safetensors"), ("which base", "--mode=export --only")),
     (("base.safetensors", "lacking.safetensors"), ("lacks sizes.4x4.embedding",)),
     (("base.safetensors", "gone.safetensors"), ("no such file",)),
