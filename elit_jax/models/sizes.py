@@ -179,7 +179,7 @@ def _resized(params: Params, kernel: Grid, patch: Grid) -> Params:
   return params | _kernels(params, kernel, patch, resize.embedding, resize.unembedding)
 
 
-def at_size(
+def with_taps(
   array: jax.Array,
   axis: int,
   matrix_of: MatrixOf,
@@ -246,10 +246,10 @@ def _kernels(
 ) -> Params:
   """Parts `patch` and `unembed` with kernels of another size, by these matrices."""
   patch, unembed = params["patch"], params["unembed"]
-  kernel, linear = at_size(patch["kernel"], 0, into, old, new), unembed["linear"]
+  kernel, linear = with_taps(patch["kernel"], 0, into, old, new), unembed["linear"]
   last = {
-    "kernel": at_size(linear["kernel"], 1, out_of, old, new),
-    "bias": at_size(linear["bias"], 0, out_of, old, new),
+    "kernel": with_taps(linear["kernel"], 1, out_of, old, new),
+    "bias": with_taps(linear["bias"], 0, out_of, old, new),
   }
   return {"patch": {**patch, "kernel": kernel}, "unembed": {**unembed, "linear": last}}
 

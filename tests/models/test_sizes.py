@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from products import products
+from small import params_of
 
 from elit_jax import surgery
 from elit_jax.budget import Budget
@@ -46,17 +47,6 @@ ELIT = {
   if name != "hdit"  # whose Down needs four groups at every size
 }
 MODELS = PLAIN | {f"{name}, elit": model for name, model in ELIT.items()}
-
-
-@functools.cache
-def params_of(model: spec.Model) -> dict:
-  """Random parameters with no zero among them."""
-
-  def draw(path, leaf):
-    key = stages.fold(jax.random.key(7), jax.tree_util.keystr(path))
-    return 0.1 * np.asarray(jax.random.normal(key, leaf.shape))
-
-  return jax.tree_util.tree_map_with_path(draw, denoiser.abstract_params(model))
 
 
 @functools.cache
